@@ -1,0 +1,105 @@
+"""What is asked of a candidate, and what comes back: plain data that travels as JSON."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Status = Literal["ok", "failed"]
+
+
+class PPOConfig(BaseModel):
+    """PPO's hyper-parameters, the same for all candidates of a search (Schulman et al. 2017; names as in SB3)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    n_envs: int = Field(2, ge=1, description="environments per candidate")
+    n_steps: int = Field(128, ge=2, description="steps of a rollout, per environment")
+    batch_size: int = Field(128, ge=2, description="samples of a minibatch")
+    n_epochs: int = Field(6, ge=1, description="passes over each rollout")
+    learning_rate: float = Field(1e-3, gt=0, description="Adam's step size")
+    gamma: float = Field(0.97, gt=0, le=1, description="discount factor")
+    gae_lambda: float = Field(0.95, ge=0, le=1, description="lambda of generalised advantage estimation")
+    clip_range: float = Field(0.2, gt=0, description="clipping of the policy ratio")
+    ent_coef: float = Field(0.0, ge=0, description="weight of the entropy bonus")
+    vf_coef: float = Field(0.5, ge=0, description="weight of the value loss")
+    max_grad_norm: float = Field(0.5, gt=0, description="gradient clipping")
+    head: tuple[int, ...] = Field((64,), description="hidden layers of actor and critic after the encoder")
+    log_std_init: float = Field(-0.7, description="initial log standard deviation of a continuous policy")
+
+
+class Protocol(BaseModel):
+    """How every candidate is trained and evaluated."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: int = Field(10_000, ge=1, description="environment steps of training per candidate")
+    eval_episodes: int = Field(10, ge=1, description="evaluation episodes, on held-out seeds, greedy actions")
+    eval_seed: int = Field(1_000_000, ge=0, description="seed of the first evaluation episode; the others follow")
+    ppo: PPOConfig = PPOConfig()  # type: ignore[call-arg]
+
+
+class RunRequest(BaseModel):
+    """One PPO run: train the encoder, evaluate, probe. ``encoder=None`` evaluates "do nothing" (or random actions
+    where the task has no such action) without training."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    env: str
+    env_kwargs: dict[str, Any] = {}
+    eval_env_kwargs: dict[str, Any] = {}
+    encoder: dict[str, Any] | None
+    protocol: Protocol
+    seed: int = 0
+    text_model: str = "all-MiniLM-L6-v2"
+    save_to: str | None = None
+
+
+class Cost(BaseModel):
+    """What a run cost."""
+
+    parameters: int = 0
+    parameters_by_module: dict[str, int] = {}
+    env_steps: int = Field(0, description="environment steps of training and evaluation")
+    train_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    probe_seconds: float = 0.0
+    total_seconds: float = 0.0
+    steps_per_second: float = Field(0.0, description="training steps per second of training")
+
+
+class Evaluation(BaseModel):
+    """The outcome of a run.
+
+    Attributes:
+        status: ``ok`` or ``failed``; ``reason`` says why.
+        objective: mean task metric over the evaluation episodes.
+        returns, metrics: per evaluation episode, in the order of ``episode_seeds``.
+        curve: (environment steps, mean return of the training episodes that ended since the last point).
+        probes: by source, and ``fused``: probe name -> value.
+    """
+
+    status: Status = "ok"
+    reason: str = ""
+    objective: float | None = None
+    mean_return: float | None = None
+    returns: list[float] = []
+    metrics: dict[str, list[float]] = {}
+    episode_seeds: list[int] = []
+    curve: list[tuple[int, float]] = []
+    probes: dict[str, dict[str, float]] = {}
+    cost: Cost = Cost()  # type: ignore[call-arg]
+    seed: int = 0
+    versions: dict[str, str] = {}
+
+    @classmethod
+    def failure(cls, reason: str, seed: int = 0, **kwargs: Any) -> Evaluation:
+        """A run that did not end well."""
+        return cls(status="failed", reason=reason[:2000], seed=seed, **kwargs)
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is a finite result."""
+        return self.status == "ok" and self.objective is not None and math.isfinite(self.objective)

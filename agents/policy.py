@@ -1,0 +1,51 @@
+"""The composite encoder inside SB3's actor-critic policy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.policies import MultiInputActorCriticPolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from torch import Tensor
+
+from lacer.encoders import CompositeEncoder, EncoderSpec, TextTable, build
+from lacer.envs import TaskCard
+
+
+class CompositeExtractor(BaseFeaturesExtractor):
+    """SB3 features extractor around a :class:`CompositeEncoder`."""
+
+    def __init__(self, observation_space: spaces.Space, spec: EncoderSpec, card: TaskCard, table: TextTable) -> None:
+        encoder = build(spec, card, table)
+        super().__init__(observation_space, features_dim=encoder.dim)
+        self.encoder: CompositeEncoder = encoder
+
+    def forward(self, observations: dict[str, Tensor]) -> Tensor:
+        return self.encoder(observations)
+
+
+class CompositePolicy(MultiInputActorCriticPolicy):
+    """Actor and critic over one shared composite encoder.
+
+    SB3's orthogonal initialisation goes to the heads only: the blocks keep the initialisation that suits them.
+    """
+
+    def _build(self, lr_schedule: Any) -> None:
+        self.ortho_init = False
+        super()._build(lr_schedule)
+        for module, gain in ((self.mlp_extractor, np.sqrt(2)), (self.action_net, 0.01), (self.value_net, 1.0)):
+            module.apply(lambda m, g=gain: self.init_weights(m, g))  # type: ignore[misc]
+
+
+def policy_kwargs(spec: EncoderSpec, card: TaskCard, table: TextTable, head: tuple[int, ...],
+                  log_std_init: float) -> dict[str, Any]:
+    """Arguments of :class:`CompositePolicy` for a spec."""
+    return {
+        "features_extractor_class": CompositeExtractor,
+        "features_extractor_kwargs": {"spec": spec, "card": card, "table": table},
+        "net_arch": {"pi": list(head), "vf": list(head)},
+        "normalize_images": False,  # the encoder scales every source by its declared modality
+        "log_std_init": log_std_init,
+    }

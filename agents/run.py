@@ -1,0 +1,261 @@
+"""One PPO run from top to bottom: build, train, evaluate, probe."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+
+from lacer.agents.checkpoint import save_agent
+from lacer.agents.evaluation import Cost, Evaluation, Protocol, RunRequest
+from lacer.agents.policy import CompositeExtractor, CompositePolicy, policy_kwargs
+from lacer.agents.probes import probe
+from lacer.agents.vec import EncoderVecEnv
+from lacer.encoders import EncoderSpec, TextTable
+from lacer.envs import LacerError, TaskCard, task_card
+from lacer.envs.vec import StartMethod, make_vec
+
+Report = Callable[[dict[str, Any]], None]
+
+
+class Diverged(Exception):
+    """Training produced NaN or infinite numbers."""
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that a result depends on."""
+    names = ("lacer", "torch", "stable-baselines3", "gymnasium", "numpy", "eclipse-sumo", "sentence-transformers",
+             "optuna", "pydantic-ai-slim", "wandb")
+    out = {"python": platform.python_version()}
+    for name in names:
+        try:
+            out[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            out[name] = "not installed"
+    return out
+
+
+def make_model(spec: EncoderSpec, card: TaskCard, table: TextTable, env: Any, protocol: Protocol, seed: int) -> PPO:
+    """SB3's PPO with the composite encoder as features extractor."""
+    p = protocol.ppo
+    return PPO(
+        CompositePolicy, env,
+        n_steps=p.n_steps, batch_size=min(p.batch_size, p.n_steps * p.n_envs), n_epochs=p.n_epochs,
+        learning_rate=p.learning_rate, gamma=p.gamma, gae_lambda=p.gae_lambda, clip_range=p.clip_range,
+        ent_coef=p.ent_coef, vf_coef=p.vf_coef, max_grad_norm=p.max_grad_norm,
+        policy_kwargs=policy_kwargs(spec, card, table, p.head, p.log_std_init), seed=seed, device="auto", verbose=0)
+
+
+class _Progress(BaseCallback):
+    """Learning curve, progress reports, and the check that the loss is finite."""
+
+    def __init__(self, report: Report, steps: int) -> None:
+        super().__init__()
+        self.report, self.steps = report, steps
+        self.curve: list[tuple[int, float]] = []
+        self._returns: list[float] = []
+        self._start = time.monotonic()
+
+    def _on_step(self) -> bool:
+        self._returns += [float(i["episode"]["r"]) for i in self.locals["infos"] if "episode" in i]
+        return True
+
+    def _on_rollout_end(self) -> None:
+        # Looked at after each update of the parameters, hence also after the last: see `check`.
+        self.check()
+        if self._returns:
+            self.curve.append((self.num_timesteps, float(np.mean(self._returns))))
+            self._returns = []
+        self.report({"steps": self.num_timesteps, "of": self.steps,
+                     "return": self.curve[-1][1] if self.curve else None,
+                     "steps_per_second": self.num_timesteps / (time.monotonic() - self._start)})
+
+    def check(self) -> None:
+        """Raises Diverged if a parameter is not finite."""
+        for name, p in self.model.policy.named_parameters():
+            if not torch.isfinite(p).all():
+                raise Diverged(f"NaN or infinite values in {name} after {self.num_timesteps} steps")
+
+
+def run(request: RunRequest, report: Report = lambda _: None, *, start_method: StartMethod | None = None) -> Evaluation:
+    """Trains and evaluates one candidate.
+
+    The same request gives the same result on the same machine. A run that diverges or whose environment fails comes
+    back as a failed Evaluation with its reason; only errors of the request itself are raised.
+
+    Args:
+        request: what to run.
+        report: called with ``{"steps", "of", "return", "steps_per_second"}`` after every rollout.
+        start_method: how environment processes are started.
+
+    Raises:
+        LacerError: if the request is wrong (unknown environment, an encoder that does not fit).
+    """
+    begin = time.monotonic()
+    card = task_card(request.env, **request.env_kwargs)
+    spec = None if request.encoder is None else EncoderSpec.parse(request.encoder, card)
+    table = TextTable(request.text_model)
+    try:
+        result = _run(request, card, spec, table, report, start_method)
+    except Diverged as e:
+        result = Evaluation.failure(f"diverged: {e}", request.seed)
+    except (MemoryError, RuntimeError, OSError, EOFError, ValueError, ArithmeticError) as e:
+        # SB3 and torch raise ValueError for a NaN action distribution; EOFError and OSError mean that an environment's
+        # process died. All of them are results of this candidate, not of the search.
+        result = Evaluation.failure(f"{type(e).__name__}: {e}", request.seed)
+    result.cost.total_seconds = time.monotonic() - begin
+    result.versions = versions()
+    return result
+
+
+def _run(request: RunRequest, card: TaskCard, spec: EncoderSpec | None, table: TextTable, report: Report,
+         start_method: StartMethod | None) -> Evaluation:
+    protocol = request.protocol
+    cost = Cost()  # type: ignore[call-arg]
+    model: PPO | None = None
+    curve: list[tuple[int, float]] = []
+    if spec is not None:
+        # SB3's seeding covers the model; torch must be seeded before the encoder is built, which PPO does with `seed`.
+        env = EncoderVecEnv(make_vec(request.env, protocol.ppo.n_envs, request.env_kwargs, seed=request.seed,
+                                     start_method=start_method), card, table)
+        try:
+            model = make_model(spec, card, table, env, protocol, request.seed)
+            progress = _Progress(report, protocol.steps)
+            start = time.monotonic()
+            model.learn(protocol.steps, callback=progress)
+            progress.check()
+        finally:
+            env.close()
+        curve = progress.curve
+        encoder = _encoder(model)
+        cost.train_seconds = time.monotonic() - start
+        cost.env_steps = model.num_timesteps
+        cost.steps_per_second = model.num_timesteps / cost.train_seconds
+        cost.parameters_by_module = encoder.parameters_by_module()
+        cost.parameters = sum(p.numel() for p in model.policy.parameters() if p.requires_grad)
+    start = time.monotonic()
+    episodes = evaluate(model, card, table, request.env, {**request.env_kwargs, **request.eval_env_kwargs}, protocol,
+                        start_method)
+    cost.env_steps += len(episodes.rows["reward"])
+    cost.eval_seconds = time.monotonic() - start
+    result = Evaluation(
+        objective=float(np.mean(episodes.metrics[card.objective.metric])), mean_return=float(np.mean(episodes.returns)),
+        returns=episodes.returns, metrics=episodes.metrics, episode_seeds=episodes.seeds, curve=curve, cost=cost,
+        seed=request.seed)
+    if not np.isfinite([*episodes.returns, result.objective]).all():
+        return Evaluation.failure("the evaluation's return or metric is not finite", request.seed, cost=cost)
+    if model is not None:
+        start = time.monotonic()
+        result.probes = _probe(model, episodes)
+        cost.probe_seconds = time.monotonic() - start
+        if request.save_to is not None:
+            assert spec is not None
+            save_agent(request.save_to, model.policy, spec, card, table, request, result)
+    return result
+
+
+def _encoder(model: PPO) -> Any:
+    extractor = model.policy.features_extractor
+    assert isinstance(extractor, CompositeExtractor)
+    return extractor.encoder
+
+
+class Episodes:
+    """What an evaluation saw: per episode the seed, return and metrics; per step the observation, state and reward."""
+
+    def __init__(self) -> None:
+        self.seeds: list[int] = []
+        self.returns: list[float] = []
+        self.metrics: dict[str, list[float]] = {}
+        self.rows: dict[str, list[Any]] = {"obs": [], "state": [], "reward": [], "episode": []}
+
+
+def evaluate(model: Any, card: TaskCard, table: TextTable, env_id: str, env_kwargs: dict[str, Any],
+             protocol: Protocol, start_method: StartMethod | None = None) -> Episodes:
+    """Plays the protocol's evaluation episodes with greedy actions.
+
+    Args:
+        model: anything with SB3's ``predict``; None plays the task's no-op, or random actions if it has none.
+
+    Raises:
+        LacerError: if the environment reports no metrics at the end of an episode.
+    """
+    seeds = [protocol.eval_seed + i for i in range(protocol.eval_episodes)]
+    n = min(protocol.ppo.n_envs, len(seeds))
+    env = EncoderVecEnv(make_vec(env_id, n, env_kwargs, episode_seeds=seeds, start_method=start_method), card, table)
+    left = [len(seeds[i::n]) for i in range(n)]
+    rng = np.random.default_rng(protocol.eval_seed)
+    out = Episodes()
+    by_seed: dict[int, tuple[float, dict[str, float]]] = {}
+    total = np.zeros(n)
+    if isinstance(card.action_space, spaces.Discrete | spaces.MultiDiscrete):
+        card.action_space.seed(protocol.eval_seed)
+    try:
+        obs = env.reset()
+        infos: list[dict[str, Any]] = [dict(i) for i in env.venv.reset_infos]
+        while any(left):
+            if model is not None:
+                action, _ = model.predict(obs, deterministic=True)
+            elif card.noop is not None:
+                action = np.stack([card.noop] * n)
+            elif isinstance(card.action_space, spaces.Box):
+                action = rng.uniform(np.maximum(card.action_space.low, -1), np.minimum(card.action_space.high, 1),
+                                     (n, *card.action_space.shape)).astype(card.action_space.dtype)
+            else:
+                action = np.stack([card.action_space.sample() for _ in range(n)])
+            before, known = obs, infos
+            obs, reward, done, infos = env.step(action)
+            total += reward
+            for i in range(n):
+                if not left[i]:
+                    continue
+                out.rows["obs"].append({k: v[i] for k, v in before.items()})
+                out.rows["state"].append(known[i].get("state", {}))
+                out.rows["reward"].append(float(reward[i]))
+                out.rows["episode"].append(int(infos[i]["episode_seed"]))
+                if done[i]:
+                    metrics = infos[i].get("metrics")
+                    if metrics is None or card.objective.metric not in metrics:
+                        raise LacerError(f"{env_id}: info[\"metrics\"] at the end of an episode must hold the "
+                                         f"objective {card.objective.metric!r}")
+                    by_seed[int(infos[i]["episode_seed"])] = (
+                        float(total[i]), {k: float(v) for k, v in metrics.items()})
+                    total[i] = 0.0
+                    left[i] -= 1
+                    # After an automatic reset the observation belongs to the new episode, and so must the state.
+                    infos[i] = dict(env.venv.reset_infos[i])
+    finally:
+        env.close()
+    for seed in seeds:
+        value, metrics = by_seed[seed]
+        out.seeds.append(seed)
+        out.returns.append(value)
+        for key, v in metrics.items():
+            out.metrics.setdefault(key, []).append(v)
+    return out
+
+
+@torch.no_grad()
+def _probe(model: PPO, episodes: Episodes) -> dict[str, dict[str, float]]:
+    encoder = _encoder(model)
+    rows = episodes.rows
+    names = list(rows["obs"][0])
+    features: dict[str, list[np.ndarray]] = {}
+    model.policy.set_training_mode(False)
+    for start in range(0, len(rows["obs"]), 256):
+        part = rows["obs"][start:start + 256]
+        obs = {k: torch.as_tensor(np.stack([o[k] for o in part]), device=model.device).float() for k in names}
+        parts = encoder.encode(obs)
+        for name, f in parts.items():
+            features.setdefault(name, []).append(f.vector.cpu().numpy())
+        features.setdefault("fused", []).append(encoder.fusion(parts).cpu().numpy())
+    state = {k: np.array([s[k] for s in rows["state"]]) for k in rows["state"][0]}
+    return probe({k: np.concatenate(v) for k, v in features.items()}, state, np.array(rows["episode"]))

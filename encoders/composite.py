@@ -1,0 +1,129 @@
+"""Building a spec into a network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+
+from lacer.encoders.registry import Features
+from lacer.encoders.spec import EncoderSpec
+from lacer.encoders.text import TextTable
+from lacer.envs import LacerError, SourceSpec, TaskCard
+
+
+class CompositeEncoder(nn.Module):
+    """One block per used source and a fusion block.
+
+    Input: a dict of float tensors by source: vector (B, D), series (B, T, F), set (B, N, F), image (B, C, H, W) in
+    0..255, text (B, 1), indices into ``table``. Output: the state (B, :attr:`dim`). Sources that the spec does not
+    use are ignored.
+
+    Args:
+        spec: the encoder.
+        card: the task, for shapes and bounds.
+        table: embeddings of the strings seen; needed if a text source is used.
+
+    Raises:
+        LacerError: if a block cannot be built for its source.
+    """
+
+    def __init__(self, spec: EncoderSpec, card: TaskCard, table: TextTable | None = None) -> None:
+        super().__init__()
+        self.spec, self.table = spec, table
+        self.scale = nn.ModuleDict()
+        self.blocks = nn.ModuleDict()
+        for name, config in spec.sources.items():
+            source = card.sources[name]
+            shape = source.shape
+            if source.modality == "text":
+                if table is None:
+                    raise LacerError(f"the encoder uses the text source {name!r} and needs a TextTable")
+                shape = (table.dim,)
+            else:
+                self.scale[name] = InputScale(source)
+            try:
+                self.blocks[name] = config.build(shape)
+            except (LacerError, ValueError, RuntimeError, KeyError) as e:
+                raise LacerError(f"sources.{name}: cannot build {config.short()}: {e}") from e
+        try:
+            self.fusion = spec.fusion.build_fusion({n: int(cast(int, b.dim)) for n, b in self.blocks.items()})
+        except (LacerError, ValueError, RuntimeError) as e:
+            raise LacerError(f"fusion: cannot build {spec.fusion.short()}: {e}") from e
+        self.dim = int(cast(int, self.fusion.dim))
+
+    def encode(self, obs: Mapping[str, Tensor]) -> dict[str, Features]:
+        """Features of every used source."""
+        out: dict[str, Features] = {}
+        for name, config in self.spec.sources.items():
+            x = obs[name]
+            if name in self.scale:
+                out[name] = self.blocks[name](self.scale[name](x))
+            else:
+                assert self.table is not None
+                index = x.reshape(len(x)).long()
+                if config.text_level == "token":
+                    out[name] = self.blocks[name](*self.table.tokens(index))
+                else:
+                    out[name] = self.blocks[name](self.table.sentence(index))
+        return out
+
+    def forward(self, obs: Mapping[str, Tensor]) -> Tensor:
+        return self.fusion(self.encode(obs))
+
+    def parameters_by_module(self) -> dict[str, int]:
+        """Number of trainable parameters of every source's block and of the fusion."""
+        parts = {**dict(self.blocks.items()), "fusion": self.fusion}
+        return {name: sum(p.numel() for p in m.parameters() if p.requires_grad) for name, m in parts.items()}
+
+
+class InputScale(nn.Module):
+    """Brings a source to about [-1, 1]: images by 1/255, finite bounds linearly, the rest by symlog.
+
+    symlog(x) = sign(x) log(1 + |x|) (Hafner et al. 2023) needs no running statistics, so an observation always means
+    the same to the policy. Column 0 of a set (its mask) is left as it is.
+    """
+
+    centre: Tensor
+    factor: Tensor
+    bounded: Tensor
+
+    def __init__(self, source: SourceSpec) -> None:
+        super().__init__()
+        space = source.space
+        assert isinstance(space, spaces.Box)
+        self.modality = source.modality
+        if self.modality == "image":
+            low, high = np.zeros(()), np.full((), 255.0)
+        else:
+            low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+        bounded = np.isfinite(low) & np.isfinite(high) & (high > low) & (np.abs(high) < 1e6) & (np.abs(low) < 1e6)
+        centre, factor = np.zeros_like(low), np.ones_like(low)
+        centre[bounded] = ((low + high) / 2)[bounded]
+        factor[bounded] = (2 / (high - low))[bounded]
+        if self.modality == "image":
+            centre, factor = np.zeros(()), np.full((), 1 / 255)
+        if self.modality == "set":
+            centre[:, 0], factor[:, 0], bounded[:, 0] = 0, 1, True
+        self.all_bounded = bool(bounded.all())
+        for name, value in (("centre", centre), ("factor", factor)):
+            self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32), persistent=False)
+        self.register_buffer("bounded", torch.as_tensor(bounded), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.centre.dtype)
+        scaled = (x - self.centre) * self.factor
+        if not self.all_bounded:
+            scaled = torch.where(self.bounded, scaled, x.sign() * x.abs().log1p())
+        if self.modality == "set":
+            scaled = scaled * (x[..., :1] > 0.5)
+        return scaled
+
+
+def build(spec: EncoderSpec, card: TaskCard, table: TextTable | None = None) -> CompositeEncoder:
+    """The network of a spec; see :class:`CompositeEncoder`."""
+    return CompositeEncoder(spec, card, table)

@@ -1,0 +1,158 @@
+"""The block library: one pydantic config per block, registered under (modality, name)."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import pkgutil
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+
+from lacer.envs import LacerError, UnknownNameError, did_you_mean
+
+FUSION = "fusion"
+
+
+class Features(NamedTuple):
+    """What a source block returns, so that every fusion works with every block.
+
+    Attributes:
+        vector: (B, D) summary of the source.
+        tokens: (B, N, D) parts of the source; ``vector[:, None]`` for blocks that have none.
+        mask: (B, N), True for tokens that are there; None if all are.
+    """
+
+    vector: Tensor
+    tokens: Tensor
+    mask: Tensor | None = None
+
+
+def choice(default: Any, options: Sequence[Any], description: str) -> Any:
+    """A hyper-parameter of a block: its default, the options that a search may take, and what it does."""
+    if default not in options:
+        raise ValueError(f"default {default!r} is not among {options}")
+    extra = {"choices": list(options)}
+    if isinstance(default, bool) or not isinstance(default, int | float):
+        return Field(default, description=description, json_schema_extra=extra)
+    # A space may be widened in YAML, within reason: a typing slip must not ask for a terabyte.
+    low = min(options) / 16
+    return Field(default, description=description, json_schema_extra=extra,
+                 ge=math.ceil(low) if isinstance(default, int) else low, le=16 * max(options))
+
+
+class BlockConfig(BaseModel):
+    """Base of all block configs. Fields are hyper-parameters, declared with :func:`choice`.
+
+    A concrete config names itself in ``block: Literal["gru"] = "gru"``, says in its docstring in one or two plain
+    sentences what it does and when it helps (the LLM reads it), and implements :meth:`build`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    block: str
+    modality: ClassVar[str]
+    paper: ClassVar[str] = ""
+    text_level: ClassVar[str] = "sentence"
+    """For text blocks: ``sentence`` gets one embedding (B, E), ``token`` gets (B, L, E) and a mask (B, L)."""
+
+    def build(self, shape: tuple[int, ...]) -> nn.Module:
+        """The network. A source block gets the source's shape without the batch (for text: ``(E,)``, the width of the
+        embedding) and returns a module with ``dim`` whose forward gives :class:`Features`; see :class:`FusionConfig`
+        for fusion blocks."""
+        raise NotImplementedError
+
+    @classmethod
+    def choices(cls) -> dict[str, list[Any]]:
+        """Searchable fields with their options, in order."""
+        return {
+            name: list(f.json_schema_extra["choices"])
+            for name, f in cls.model_fields.items()
+            if isinstance(f.json_schema_extra, dict) and isinstance(f.json_schema_extra.get("choices"), list)
+        }
+
+    @classmethod
+    def summary(cls) -> str:
+        """First line of the docstring."""
+        return (cls.__doc__ or "").strip().split("\n")[0]
+
+    def short(self) -> str:
+        """The block in a few characters, e.g. ``gru(width=32,depth=1)``."""
+        fields = ",".join(f"{k}={v}" for k, v in self.model_dump(exclude={"block"}).items())
+        return f"{self.block}({fields})"
+
+
+class FusionConfig(BlockConfig):
+    """Base of fusion configs. :meth:`build_fusion` gets the width of each source's features, by source name."""
+
+    modality: ClassVar[str] = FUSION
+
+    def build_fusion(self, dims: Mapping[str, int]) -> nn.Module:
+        """A module with ``dim`` (width of the state) whose forward takes ``dict[str, Features]`` and gives (B, dim)."""
+        raise NotImplementedError
+
+
+C = TypeVar("C", bound=type[BlockConfig])
+_BLOCKS: dict[tuple[str, str], type[BlockConfig]] = {}
+_loaded = False
+
+
+def register_block(cls: C) -> C:
+    """Class decorator: registers a block config under (``modality``, default of ``block``).
+
+    A name that is taken is overwritten with a warning that names both origins.
+    """
+    name = cls.model_fields["block"].default
+    if not isinstance(name, str):
+        raise TypeError(f"{cls.__name__} needs `block: Literal['name'] = 'name'`")
+    key = (cls.modality, name)
+    old = _BLOCKS.get(key)
+    if old is not None and (old.__module__, old.__qualname__) != (cls.__module__, cls.__qualname__):
+        warnings.warn(f"{cls.modality} block {name!r} of {old.__module__} is replaced by that of {cls.__module__}",
+                      stacklevel=2)
+    _BLOCKS[key] = cls
+    return cls
+
+
+def blocks(modality: str | None = None) -> dict[tuple[str, str], type[BlockConfig]]:
+    """Registered blocks, of one modality or of all, sorted by (modality, name)."""
+    global _loaded
+    if not _loaded:
+        package = importlib.import_module("lacer.encoders.blocks")
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"lacer.encoders.blocks.{module.name}")
+        _loaded = True
+    return {k: v for k, v in sorted(_BLOCKS.items()) if modality is None or k[0] == modality}
+
+
+def parse_block(modality: str, data: Any, where: str) -> BlockConfig:
+    """Checks one block given as a dict, e.g. ``{"block": "gru", "width": 32}``.
+
+    Raises:
+        LacerError: unknown block or field ("did you mean"), value of the wrong type or out of range; names ``where``.
+    """
+    if isinstance(data, BlockConfig):
+        data = data.model_dump()
+    if not isinstance(data, dict):
+        raise LacerError(f"{where}: expected an object such as {{\"block\": \"...\"}}, got {str(data)[:80]!r}")
+    known = {name: cls for (_, name), cls in blocks(modality).items()}
+    name = data.get("block")
+    if not isinstance(name, str):
+        raise LacerError(f"{where}: needs a \"block\", one of: {', '.join(known)}")
+    if name not in known:
+        raise UnknownNameError(f"{modality} block at {where}", name[:80], known)
+    cls = known[name]
+    for key in data:
+        if key not in cls.model_fields:
+            fields = [f for f in cls.model_fields if f != "block"]
+            raise LacerError(f"{where}: {name} has no field {str(key)[:80]!r}{did_you_mean(str(key)[:80], fields)} "
+                             f"Fields: {', '.join(fields) or 'none'}.")
+    try:
+        return cls.model_validate(data)
+    except ValidationError as e:
+        first = e.errors()[0]
+        raise LacerError(f"{where}.{'.'.join(map(str, first['loc']))}: {first['msg']} "
+                         f"(got {str(first['input'])[:80]!r})") from None
