@@ -1,0 +1,124 @@
+"""What one episode brings, drawn from its seed: vehicles, incident, dispatcher's order, who tells the news."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from lacer.envs.traffic.network import Motorway
+
+News = Literal["text", "camera", "both"]
+OrderKind = Literal["nothing", "speed_limit", "ramp_priority", "ramp_hold"]
+_MIN_HEADWAY = 0.8
+
+# Krauss (1998) drivers. The slow reaction (actionStepLength 1 s) is what makes a blocked lane costly; with an
+# immediate one an incident hardly matters. LC2013 (Erdmann 2014) changes lanes, with SUMO's default eagerness.
+_DRIVER = (
+    'carFollowModel="Krauss" accel="1.2" decel="3.5" tau="1.2" minGap="2.5" length="5" actionStepLength="1.0" '
+    'laneChangeModel="LC2013" maxSpeed="36" speedFactor="normc(1,0.05,0.85,1.15)"'
+)
+VEHICLE_TYPES = f'<vType id="human" {_DRIVER} sigma="0.5"/>\n<vType id="cav" {_DRIVER} sigma="0.3"/>\n'
+
+
+@dataclass(frozen=True)
+class Incident:
+    """A vehicle that stands on a through lane; times in s of simulation, ``position`` in m on its stretch."""
+
+    lane: int
+    stretch: int
+    position: float
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the dispatcher asks for while no incident is announced. ``speed`` in m/s, for controlled ``segment``."""
+
+    kind: OrderKind
+    segment: int = 0
+    speed: float = 0.0
+
+
+@dataclass(frozen=True)
+class Trip:
+    """One vehicle: departure time (s), on the ramp or not, connected and automated (CAV) or not."""
+
+    depart: float
+    ramp: bool
+    cav: bool
+
+
+@dataclass(frozen=True)
+class Episode:
+    """Everything that the seed of an episode decides. Flows in vehicles per hour."""
+
+    main_flow: float
+    ramp_flow: float
+    trips: tuple[Trip, ...]
+    incident: Incident | None
+    news: News
+    order: Order
+    sumo_seed: int
+
+    def write_routes(self, path: Path, road: Motorway) -> None:
+        """SUMO's route file, sorted by departure (SUMO drops later rows silently where it is not)."""
+        rows = [
+            f'<vehicle id="{"c" if t.cav else "h"}{"r" if t.ramp else "m"}{i}" type="{"cav" if t.cav else "human"}" '
+            f'route="{"ramp" if t.ramp else "main"}" depart="{t.depart:.2f}" departLane="free" departSpeed="max"/>'
+            for i, t in enumerate(self.trips)
+        ]
+        routes = "".join(f'<route id="{n}" edges="{road.route_edges(n == "ramp")}"/>\n' for n in ("main", "ramp"))
+        path.write_text(f"<routes>\n{VEHICLE_TYPES}{routes}" + "\n".join(rows) + "\n</routes>\n")
+
+
+def arrivals(rng: np.random.Generator, flow: float, end: float) -> np.ndarray:
+    """Departure times in [0, end): a Poisson stream with a minimum headway, ``flow`` vehicles per hour on average."""
+    if flow <= 0:
+        return np.zeros(0)
+    mean = 3600 / flow
+    least = min(_MIN_HEADWAY, 0.5 * mean)
+    gaps = least + rng.exponential(mean - least, int(1.5 * end / mean) + 20)
+    times = np.cumsum(gaps)
+    return times[times < end]
+
+
+def draw_episode(
+    rng: np.random.Generator,
+    road: Motorway,
+    *,
+    cav_share: float,
+    main_flow: tuple[float, float],
+    ramp_flow: tuple[float, float],
+    incident_probability: float,
+    incident_start: tuple[float, float],
+    incident_segments: tuple[int, ...],
+    news_weights: tuple[float, float, float],
+    order_weights: tuple[float, float, float, float],
+    end: float,
+) -> Episode:
+    """Draw an episode that ends at ``end`` seconds. ``incident_segments`` counts controlled segments from 1."""
+    flow, ramp = float(rng.uniform(*main_flow)), float(rng.uniform(*ramp_flow))
+    trips = [
+        Trip(round(float(t), 2), on_ramp, bool(rng.random() < cav_share))
+        for on_ramp, q in ((False, flow), (True, ramp)) for t in arrivals(rng, q, end)
+    ]
+    trips.sort(key=lambda t: t.depart)
+    happens = rng.random() < incident_probability
+    stretch = int(rng.choice(incident_segments))
+    length = road.stretches[stretch].length
+    incident = Incident(
+        lane=int(rng.integers(road.lanes)), stretch=stretch, position=float(rng.uniform(0.25, 0.75) * length),
+        start=float(rng.uniform(*incident_start)), end=end,
+    )
+    news: News = ("text", "camera", "both")[rng.choice(3, p=np.array(news_weights) / sum(news_weights))]
+    kinds: tuple[OrderKind, ...] = ("nothing", "speed_limit", "ramp_priority", "ramp_hold")
+    order = Order(
+        kind=kinds[rng.choice(4, p=np.array(order_weights) / sum(order_weights))],
+        segment=int(rng.integers(road.segments)),
+        speed=float(rng.choice([60, 80])) / 3.6,
+    )
+    return Episode(flow, ramp, tuple(trips), incident if happens else None, news, order, int(rng.integers(2**31 - 1)))

@@ -1,0 +1,290 @@
+"""One libsumo simulation: start, step, read, steer, close; a guard keeps it to one per process."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lacer.envs.errors import LacerError
+from lacer.envs.traffic.demand import Incident
+from lacer.envs.traffic.network import Motorway, sumo_home
+
+REAPPLY = 2.0
+"""Seconds after which a decision is applied again, to the vehicles that have entered since."""
+HARD = -3.0
+"""A braking below this is a hard one, m/s^2."""
+_FREE = 36.0  # maxSpeed of the vehicle types: no cap
+
+_holder: tuple[int, weakref.ref[Simulation]] | None = None
+
+
+@dataclass(frozen=True)
+class Command:
+    """What connected vehicles are told. Speeds in m/s; ``None`` and infinity mean "drive as you like".
+
+    Attributes:
+        segment_caps: highest speed on each controlled segment.
+        clear_lane: through lane that they leave, and do not enter, in the zone before the incident area.
+        ramp_cap: highest speed on the ramp.
+    """
+
+    segment_caps: tuple[float, ...]
+    clear_lane: int | None = None
+    ramp_cap: float = np.inf
+
+    @property
+    def capped(self) -> bool:
+        return bool(np.isfinite(self.ramp_cap) or np.isfinite(self.segment_caps).any())
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All vehicles at one moment, arrays of shape (n,).
+
+    Attributes:
+        ids: SUMO's names.
+        edge: index of the stretch, -1 for the ramp.
+        lane: through lane from the right, -1 for ramp and acceleration lane.
+        position: front bumper, m on its edge.
+        x: front bumper, m from the start of the road.
+        speed: m/s.
+        cav: connected and automated.
+        broken: the vehicle of the incident.
+    """
+
+    ids: list[str]
+    edge: np.ndarray
+    lane: np.ndarray
+    position: np.ndarray
+    x: np.ndarray
+    speed: np.ndarray
+    cav: np.ndarray
+    broken: np.ndarray
+
+
+@dataclass
+class Tally:
+    """Sums over a time: metres driven, vehicle-seconds on the road and waiting to enter, and counts."""
+
+    metres: float = 0.0
+    driving: float = 0.0
+    waiting: float = 0.0
+    arrived: int = 0
+    hard: int = 0
+    collisions: int = 0
+
+    def add(self, other: Tally) -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+    @property
+    def speed(self) -> float:
+        """Vehicle-kilometres by vehicle-hours, waiting included, in m/s."""
+        return self.metres / max(self.driving + self.waiting, 1e-9)
+
+
+class Simulation:
+    """A running simulation. It takes the process's only place until :meth:`close`.
+
+    Args:
+        road: the motorway.
+        routes: SUMO route file.
+        net: SUMO network file of the road.
+        seed: SUMO's random seed.
+        step_length: s.
+        departs: sorted departure times of all vehicles in the route file, s.
+        incident: the vehicle that breaks down, if any.
+        clear_zone: stretches on which a lane is cleared.
+
+    Raises:
+        LacerError: if another simulation runs in this process, SUMO is missing, or it does not start.
+    """
+
+    def __init__(
+        self, road: Motorway, routes: Path, *, net: Path, seed: int, step_length: float, departs: np.ndarray,
+        incident: Incident | None, clear_zone: tuple[int, ...],
+    ) -> None:
+        self.sumo: Any = None
+        self.road, self.step_length, self.clear_zone = road, step_length, clear_zone
+        self.now, self.departed = 0.0, 0
+        self.broken: str | None = None
+        """The broken-down vehicle, while the incident lasts."""
+        self._departs, self._incident = departs, incident
+        self._caps: dict[str, float] = {}
+        self._lanes = [
+            (f"{s.name}_{k}", e, k - s.offset) for e, s in enumerate(road.stretches) for k in range(s.lanes + s.offset)
+        ] + [("ramp_0", -1, -1)]
+        self._edges = [s.name for s in road.stretches] + ["ramp"]
+        self._starts = np.array([*road.starts, road.starts[2] - road.ramp_length])
+        self.sumo = self._start(net, routes, seed)
+
+    def _start(self, net: Path, routes: Path, seed: int) -> Any:
+        global _holder
+        sumo_home()
+        try:
+            import libsumo
+        except ImportError as e:
+            raise LacerError("libsumo is missing; install it with: pip install eclipse-sumo libsumo") from e
+        if _holder and _holder[0] == os.getpid() and (other := _holder[1]()) is not None and other.sumo is not None:
+            raise LacerError(
+                "another traffic environment already runs in this process, and libsumo holds one simulation per "
+                "process: close that one, or run each in a process of its own "
+                "(stable_baselines3.common.vec_env.SubprocVecEnv)"
+            )
+        if libsumo.isLoaded():
+            if _holder is None:
+                raise LacerError("another program part runs a libsumo simulation in this process; close it first, or "
+                                 "run this environment in a process of its own (SubprocVecEnv)")
+            libsumo.close()  # left over from a collected environment, or inherited by a forked process
+        command = [
+            "sumo", "--net-file", str(net), "--route-files", str(routes), "--seed", str(seed),
+            "--step-length", str(self.step_length), "--time-to-teleport", "-1", "--collision.action", "warn",
+            "--no-step-log", "true", "--no-warnings", "true", "--duration-log.disable", "true",
+            "--xml-validation", "never",
+        ]
+        try:
+            libsumo.start(command)
+        except Exception as e:  # libsumo raises TraCIException and RuntimeError
+            raise LacerError(f"SUMO did not start: {e}") from e
+        _holder = (os.getpid(), weakref.ref(self))
+        return libsumo
+
+    def close(self) -> None:
+        """End the simulation and give the process's place back; harmless when done twice."""
+        sumo, self.sumo = self.sumo, None
+        if sumo is not None and sumo.isLoaded():
+            sumo.close()
+
+    def run(self, seconds: float, command: Command | None = None) -> Tally:
+        """Simulate some time under a command.
+
+        Raises:
+            LacerError: if SUMO fails; the simulation is closed then.
+        """
+        if self.sumo is None:
+            raise LacerError("the simulation is closed; call reset() first")
+        tally = Tally()
+        steps = round(seconds / self.step_length)
+        every = max(1, round(REAPPLY / self.step_length))
+        try:
+            for i in range(steps):
+                if self._incident:
+                    self._break_down(self._incident)
+                if i % every == 0 and command is not None:
+                    self._apply(command)
+                self._step(tally)
+                if i % every == 0:
+                    tally.hard += self._hard_brakings()
+        except LacerError:
+            raise
+        except Exception as e:
+            self.close()
+            raise LacerError(f"the SUMO simulation failed at {self.now:.1f} s: {e}; reset() starts a new one") from e
+        return tally
+
+    def _step(self, tally: Tally) -> None:
+        sumo, dt = self.sumo, self.step_length
+        sumo.simulationStep()
+        self.now += dt
+        self.departed += sumo.simulation.getDepartedNumber()
+        metres, n = 0.0, 0
+        for e in self._edges:
+            k = sumo.edge.getLastStepVehicleNumber(e)
+            if k:
+                n += k
+                metres += k * sumo.edge.getLastStepMeanSpeed(e)
+        tally.metres += metres * dt
+        tally.driving += n * dt
+        tally.waiting += self.backlog * dt
+        tally.arrived += sumo.simulation.getArrivedNumber()
+        tally.collisions += sumo.simulation.getCollidingVehiclesNumber()
+
+    @property
+    def backlog(self) -> int:
+        """Vehicles that should have entered and wait for room."""
+        return max(0, int(np.searchsorted(self._departs, self.now, "right")) - self.departed)
+
+    def _hard_brakings(self) -> int:
+        get = self.sumo.vehicle.getAcceleration
+        return sum(get(v) < HARD for v in self.sumo.vehicle.getIDList())
+
+    def _break_down(self, incident: Incident) -> None:
+        """Stop the next vehicle that drives up on the lane; clear the road when the incident ends."""
+        sumo = self.sumo
+        if self.broken is not None:
+            if self.now >= incident.end:
+                sumo.vehicle.resume(self.broken)
+                self.broken = self._incident = None
+            return
+        if self.now < incident.start:
+            return
+        for stretch in (incident.stretch, incident.stretch - 1):
+            s = self.road.stretches[stretch]
+            far = incident.position + (s.length if stretch != incident.stretch else 0.0)
+            ids = sumo.lane.getLastStepVehicleIDs(f"{s.name}_{incident.lane + s.offset}")
+            for v in reversed(ids):  # SUMO lists them in driving direction: nearest first
+                gap = far - sumo.vehicle.getLanePosition(v)
+                if gap < 30 + sumo.vehicle.getSpeed(v) ** 2 / 5:
+                    continue
+                at = self.road.stretches[incident.stretch]
+                try:
+                    sumo.vehicle.setStop(v, at.name, incident.position, incident.lane + at.offset, 1e6)
+                except sumo.TraCIException:
+                    continue
+                self.broken = v
+                return
+
+    def _apply(self, command: Command) -> None:
+        sumo = self.sumo
+        if command.capped or self._caps:
+            caps = {"in": np.inf, "out": np.inf, "ramp": command.ramp_cap}
+            caps |= {f"s{i}": c for i, c in enumerate(command.segment_caps, 1)}
+            for edge, cap in caps.items():
+                wanted = min(cap, _FREE)
+                for v in sumo.edge.getLastStepVehicleIDs(edge):
+                    if v[0] == "c" and self._caps.get(v, _FREE) != wanted:
+                        sumo.vehicle.setMaxSpeed(v, wanted)
+                        if wanted == _FREE:
+                            del self._caps[v]
+                        else:
+                            self._caps[v] = wanted
+        if command.clear_lane is None:
+            return
+        k, last = command.clear_lane, self.road.lanes - 1
+        for e in self.clear_zone:
+            s = self.road.stretches[e]
+            for lane in range(max(0, k - 1), min(last, k + 1) + 1):
+                for v in sumo.lane.getLastStepVehicleIDs(f"{s.name}_{lane + s.offset}"):
+                    if v[0] != "c" or v == self.broken:
+                        continue
+                    if lane != k:
+                        to = lane
+                    elif k in (0, last):
+                        to = 1 if k == 0 else last - 1
+                    else:
+                        to = k + 1 if int(v[2:]) % 2 else k - 1
+                    sumo.vehicle.changeLane(v, to + s.offset, REAPPLY)
+
+    def snapshot(self) -> Snapshot:
+        """Read all vehicles."""
+        lane_ids, vehicle = self.sumo.lane.getLastStepVehicleIDs, self.sumo.vehicle
+        ids: list[str] = []
+        edge: list[int] = []
+        lane: list[int] = []
+        for name, e, k in self._lanes:
+            here = lane_ids(name)
+            ids.extend(here)
+            edge.extend([e] * len(here))
+            lane.extend([k] * len(here))
+        at, pace = vehicle.getLanePosition, vehicle.getSpeed
+        pos = np.array([at(v) for v in ids], float)
+        edges = np.array(edge, int)
+        return Snapshot(
+            ids, edges, np.array(lane, int), pos, pos + self._starts[edges], np.array([pace(v) for v in ids], float),
+            np.array([v[0] == "c" for v in ids], bool), np.array([v == self.broken for v in ids], bool),
+        )
