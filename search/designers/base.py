@@ -1,0 +1,101 @@
+"""The designer contract and registry. A designer is one file in this package."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import numpy as np
+
+from lacer.envs import LacerError, UnknownNameError
+from lacer.search.space import Point
+from lacer.search.study import Proposal, Study, Trial
+
+
+class Designer(ABC):
+    """Proposes encoders.
+
+    Contract: a designer keeps no state that it cannot rebuild from the study, so a search resumes from the study
+    alone; it is deterministic by its seed and the study; it does not propose an encoder that is in the study already
+    unless the space is exhausted; it copes with failed, rejected and missing results. `propose` may be called from a
+    thread other than the driver's, never twice at once.
+
+    Args:
+        seed: seed of all its random numbers.
+    """
+
+    name: ClassVar[str]
+    needs_llm: ClassVar[bool] = False
+    paper: ClassVar[str] = ""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    @abstractmethod
+    def propose(self, study: Study, n: int) -> list[Proposal]:
+        """Up to ``n`` new proposals, at least one (a rejected one counts), given all trials so far."""
+
+    def observe(self, trial: Trial) -> None:  # noqa: B027 (optional)
+        """Called once with every finished or failed trial."""
+
+    def rng(self, study: Study) -> np.random.Generator:
+        """Random numbers that depend on the seed and on how far the study is, on nothing else."""
+        return np.random.default_rng([self.seed, len(study.trials)])
+
+    @classmethod
+    def summary(cls) -> str:
+        """First line of the docstring."""
+        return (cls.__doc__ or "").strip().split("\n")[0]
+
+
+def unseen(study: Study, batch: list[Proposal], point: Point) -> bool:
+    """Whether a point is neither in the study nor in the batch being made."""
+    code = study.space.to_ncode(point)
+    return all(t.ncode != code for t in study.trials) and all(
+        p.point is None or study.space.to_ncode(p.point) != code for p in batch)
+
+
+def fresh_sample(study: Study, batch: list[Proposal], rng: np.random.Generator) -> Point:
+    """A random point that is not in the study yet; any random point if none was found (small, exhausted spaces)."""
+    for _ in range(200):
+        point = study.space.sample(rng)
+        if unseen(study, batch, point):
+            return point
+    for point in study.space.points(limit=20_000):
+        if unseen(study, batch, point):
+            return point
+    return study.space.sample(rng)
+
+
+_DESIGNERS: dict[str, type[Designer]] = {}
+_loaded = False
+
+
+def register_designer(cls: type[Designer]) -> type[Designer]:
+    """Class decorator: makes a designer known under its ``name``."""
+    _DESIGNERS[cls.name] = cls
+    return cls
+
+
+def designers() -> dict[str, type[Designer]]:
+    """All designers by name."""
+    global _loaded
+    if not _loaded:
+        package = importlib.import_module("lacer.search.designers")
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{package.__name__}.{module.name}")
+        _loaded = True
+    return dict(sorted(_DESIGNERS.items()))
+
+
+def designer_class(name: str) -> type[Designer]:
+    """The designer of that name. Raises UnknownNameError with the nearest one."""
+    known = designers()
+    if name not in known:
+        raise UnknownNameError("designer", name, known)
+    return known[name]
+
+
+__all__ = ["Designer", "LacerError", "designer_class", "designers", "fresh_sample", "register_designer", "unseen"]

@@ -1,0 +1,62 @@
+"""What a search found, gathered from the study for tables, reports and trackers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lacer.agents import Evaluation
+from lacer.envs import TaskCard
+from lacer.search.study import Trial
+
+NOOP, EXPERT, WINNER = "do nothing", "expert", "winner"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One search, finished or not.
+
+    Attributes:
+        card: the task.
+        trials: every proposal, by number.
+        finals: evaluations on seeds that took no part in the search, by name (``do nothing``, ``expert``, ``winner``),
+            the trained ones with the final number of steps.
+        winner: number of the best trial, None if none finished.
+        config: the search's configuration as plain data (no secrets).
+        versions: versions of the packages.
+        command: the command line that repeats the search.
+        seconds: wall time so far.
+        usage: LLM tokens and requests, empty without an LLM.
+    """
+
+    card: TaskCard
+    trials: tuple[Trial, ...]
+    finals: Mapping[str, Evaluation]
+    winner: int | None
+    config: Mapping[str, Any]
+    versions: Mapping[str, str]
+    command: str
+    seconds: float
+    usage: Mapping[str, float] = field(default_factory=dict)
+
+    def ranked(self) -> list[Trial]:
+        """Trials, the best first; those without a result last, by number."""
+        sign = self.card.objective.signed
+        return sorted(self.trials, key=lambda t: (t.objective is None, -sign(t.objective or 0.0), t.number))
+
+
+def paired_difference(a: Evaluation, b: Evaluation, metric: str, seed: int = 0) -> tuple[float, float, float]:
+    """Mean difference a - b of a metric over the same episode seeds, with a 95 % bootstrap interval (10,000 draws).
+
+    Raises:
+        ValueError: if the evaluations have different episode seeds.
+    """
+    if a.episode_seeds != b.episode_seeds:
+        raise ValueError("the evaluations were made on different episodes")
+    d = np.array(a.metrics[metric]) - np.array(b.metrics[metric])
+    draws = d[np.random.default_rng(seed).integers(len(d), size=(10_000, len(d)))].mean(1)
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return float(d.mean()), float(low), float(high)
