@@ -96,11 +96,13 @@ def draw_episode(
     incident_probability: float,
     incident_start: tuple[float, float],
     incident_segments: tuple[int, ...],
+    incident_place: tuple[float, float],
     news_weights: tuple[float, float, float],
     order_weights: tuple[float, float, float, float],
     end: float,
 ) -> Episode:
-    """Draw an episode that ends at ``end`` seconds. ``incident_segments`` counts controlled segments from 1."""
+    """Draw an episode that ends at ``end`` seconds. ``incident_segments`` counts controlled segments from 1;
+    ``incident_place`` is the range of the position on the segment, as a share of its length."""
     flow, ramp = float(rng.uniform(*main_flow)), float(rng.uniform(*ramp_flow))
     trips = [
         Trip(round(float(t), 2), on_ramp, bool(rng.random() < cav_share))
@@ -111,7 +113,7 @@ def draw_episode(
     stretch = int(rng.choice(incident_segments))
     length = road.stretches[stretch].length
     incident = Incident(
-        lane=int(rng.integers(road.lanes)), stretch=stretch, position=float(rng.uniform(0.25, 0.75) * length),
+        lane=int(rng.integers(road.lanes)), stretch=stretch, position=float(rng.uniform(*incident_place) * length),
         start=float(rng.uniform(*incident_start)), end=end,
     )
     news: News = ("text", "camera", "both")[rng.choice(3, p=np.array(news_weights) / sum(news_weights))]

@@ -33,16 +33,18 @@ _JAM = 0.08  # vehicles per metre and lane that count as 1
 
 SCENES: dict[str, dict[str, Any]] = {
     "small": {
-        "lanes": 3, "in_length": 100.0, "segment_lengths": (250.0, 150.0, 200.0), "out_length": 200.0,
-        "ramp_length": 150.0, "main_flow": (2400.0, 3300.0), "ramp_flow": (200.0, 500.0), "step_length": 1.0,
-        "warm_up": 60.0, "horizon": 240.0, "incident_probability": 1.0, "incident_delay": (-20.0, -10.0),
-        "incident_segments": (3,), "clear_segments": (1, 2), "news_weights": (0.4, 0.3, 0.3),
+        "lanes": 3, "drop": "before", "in_length": 100.0, "segment_lengths": (300.0, 150.0, 100.0),
+        "out_length": 50.0, "ramp_length": 150.0, "main_flow": (2100.0, 2700.0), "ramp_flow": (200.0, 500.0),
+        "step_length": 1.0, "warm_up": 60.0, "horizon": 240.0, "incident_probability": 1.0,
+        "incident_delay": (-20.0, -10.0), "incident_segments": (3,), "incident_place": (0.1, 0.4),
+        "clear_segments": (1, 2), "news_weights": (0.4, 0.3, 0.3),
     },
     "full": {
-        "lanes": 3, "in_length": 250.0, "segment_lengths": (350.0, 300.0, 350.0, 350.0), "out_length": 300.0,
-        "ramp_length": 250.0, "main_flow": (2400.0, 3300.0), "ramp_flow": (200.0, 600.0), "step_length": 0.5,
-        "warm_up": 100.0, "horizon": 300.0, "incident_probability": 0.8, "incident_delay": (0.0, 60.0),
-        "incident_segments": (3, 4), "clear_segments": (1, 2, 3), "news_weights": (0.4, 0.3, 0.3),
+        "lanes": 3, "drop": "after", "in_length": 250.0, "segment_lengths": (350.0, 300.0, 350.0, 350.0),
+        "out_length": 300.0, "ramp_length": 250.0, "main_flow": (2400.0, 3300.0), "ramp_flow": (200.0, 600.0),
+        "step_length": 0.5, "warm_up": 100.0, "horizon": 300.0, "incident_probability": 0.8,
+        "incident_delay": (0.0, 60.0), "incident_segments": (3, 4), "incident_place": (0.1, 0.4),
+        "clear_segments": (1, 2), "news_weights": (0.4, 0.3, 0.3),
     },
 }
 """Defaults by scene. ``incident_delay`` is in seconds after the warm-up; segments count from 1."""
@@ -154,7 +156,8 @@ class MixedTrafficEnv(gym.Env):
         self.history_length, self.sequence_length = history_length, sequence_length
         self._p = p
         self.horizon, self.warm_up = float(p["horizon"]), float(p["warm_up"])
-        self.road = Motorway(p["lanes"], p["in_length"], p["segment_lengths"], p["out_length"], p["ramp_length"])
+        self.road = Motorway(
+            p["lanes"], p["drop"], p["in_length"], p["segment_lengths"], p["out_length"], p["ramp_length"])
         self._camera = Camera(self.road)
         self._sim: Simulation | None = None
         self._folder: Path | None = None
@@ -216,7 +219,8 @@ class MixedTrafficEnv(gym.Env):
         self._episode: Episode = draw_episode(
             rng, road, cav_share=self.cav_share, main_flow=p["main_flow"], ramp_flow=p["ramp_flow"],
             incident_probability=p["incident_probability"], incident_start=(self.warm_up + low, self.warm_up + high),
-            incident_segments=p["incident_segments"], news_weights=tuple(p["news_weights"]),
+            incident_segments=p["incident_segments"], incident_place=p["incident_place"],
+            news_weights=tuple(p["news_weights"]),
             order_weights=self.order_weights,  # type: ignore[arg-type]
             end=self.warm_up + self.horizon,
         )

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from lacer.envs.errors import LacerError
 
@@ -41,14 +42,17 @@ class Motorway:
     """A straight motorway, driven from left to right; through lanes are numbered from the right, starting at 0.
 
     Stretches: ``in`` (entry), controlled segments ``s1, s2, ...``, of which ``s2`` carries the merge with an
-    acceleration lane as long as itself, and ``out``, where the leftmost lane has ended (the lane drop).
+    acceleration lane as long as itself, and ``out`` (exit). At a lane drop the leftmost lane ends.
 
     Attributes:
-        lanes: through lanes before the lane drop, at least 2.
+        lanes: through lanes of the controlled segments, at least 2.
+        drop: where one lane ends: ``"before"`` the segments (the entry has one lane more) or ``"after"`` them (the
+            exit has one lane less).
         in_length, segment_lengths, out_length, ramp_length: metres.
     """
 
     lanes: int
+    drop: Literal["before", "after"]
     in_length: float
     segment_lengths: tuple[float, ...]
     out_length: float
@@ -58,7 +62,8 @@ class Motorway:
     def stretches(self) -> tuple[Stretch, ...]:
         middle = [Stretch(f"s{i}", x, self.lanes, merge=i == 2) for i, x in enumerate(self.segment_lengths, 1)]
         return (
-            Stretch("in", self.in_length, self.lanes), *middle, Stretch("out", self.out_length, self.lanes - 1),
+            Stretch("in", self.in_length, self.lanes + (self.drop == "before")), *middle,
+            Stretch("out", self.out_length, self.lanes - (self.drop == "after")),
         )
 
     @cached_property
@@ -103,7 +108,7 @@ class Motorway:
                      f'length="{self.ramp_length:.1f}"/>')
         links = [
             f'<connection from="{a.name}" to="{b.name}" fromLane="{k + a.offset}" toLane="{k + b.offset}"/>'
-            for a, b in zip(self.stretches[:-1], self.stretches[1:], strict=True) for k in range(b.lanes)
+            for a, b in zip(self.stretches[:-1], self.stretches[1:], strict=True) for k in range(min(a.lanes, b.lanes))
         ]
         links.append('<connection from="ramp" to="s2" fromLane="0" toLane="0"/>')
 

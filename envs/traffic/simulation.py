@@ -29,7 +29,7 @@ class Command:
 
     Attributes:
         segment_caps: highest speed on each controlled segment.
-        clear_lane: through lane that they leave, and do not enter, in the zone before the incident area.
+        clear_lane: through lane that they leave in the zone before the incident area.
         ramp_cap: highest speed on the ramp.
     """
 
@@ -258,16 +258,9 @@ class Simulation:
         k, last = command.clear_lane, self.road.lanes - 1
         for e in self.clear_zone:
             s = self.road.stretches[e]
-            for lane in range(max(0, k - 1), min(last, k + 1) + 1):
-                for v in sumo.lane.getLastStepVehicleIDs(f"{s.name}_{lane + s.offset}"):
-                    if v[0] != "c" or v == self.broken:
-                        continue
-                    if lane != k:
-                        to = lane
-                    elif k in (0, last):
-                        to = 1 if k == 0 else last - 1
-                    else:
-                        to = k + 1 if int(v[2:]) % 2 else k - 1
+            for v in sumo.lane.getLastStepVehicleIDs(f"{s.name}_{k + s.offset}"):
+                if v[0] == "c" and v != self.broken:
+                    to = 1 if k == 0 else last - 1 if k == last else k + 1 if int(v[2:]) % 2 else k - 1
                     sumo.vehicle.changeLane(v, to + s.offset, REAPPLY)
 
     def snapshot(self) -> Snapshot:
