@@ -178,7 +178,7 @@ def draw_encoder(spec: EncoderSpec, card: TaskCard, parameters: Mapping[str, int
     total = max(1, sum(known.values()))
     back: list[str] = []
     out: list[str] = []
-    ends: list[tuple[float, str, bool]] = []
+    ends: list[tuple[float, str]] = []
 
     def tooltip(text: str) -> str:
         return f"<title>{esc(text)}</title>" if tooltips else ""
@@ -194,69 +194,66 @@ def draw_encoder(spec: EncoderSpec, card: TaskCard, parameters: Mapping[str, int
     y = 6.0
     for name, source in card.sources.items():
         block, other = spec.sources.get(name), compare.sources.get(name) if compare else None
-        lines = _lines(_fields(block, other, compared), 176) if block is not None else []
+        lines = _lines(_fields(block, other, compared), 162) if block is not None else []
         height = max(46.0, 27 + 14 * len(lines) + 9)
         mid = y + height / 2
         switched = compared and (block is None) != (other is None)
         renamed = compared and block is not None and other is not None and block.block != other.block
-        marked = switched or renamed or any(w.marked for line in lines for w in line)
-        out.append(f'<g{"" if block is not None else " class=" + chr(34) + "faded" + chr(34)}>'
-                   + tooltip(f"{name} ({_shape(source)}): {source.description}")
-                   + _box(6, y, 142, height, "box" if block is not None else "off")
+        faded = "" if block is not None else ' class="faded"'
+        out.append(f"<g{faded}>" + tooltip(f"{name} ({_shape(source)}): {source.description}")
+                   + _box(2, y, 128, height, "box" if block is not None else "off")
                    + f'<g class="{source.modality}" fill="none" stroke-width="1.5" stroke-linejoin="round" '
-                   f'stroke-linecap="round" transform="translate(15 {mid - 8:g})">{_ICONS[source.modality]}</g>'
-                   + _text(40, mid - 2, _fit(name, 102), "b")
-                   + _text(40, mid + 13, _fit(_shape(source), 102, 10.5), "s") + "</g>")
+                   f'stroke-linecap="round" transform="translate(11 {mid - 8:g})">{_ICONS[source.modality]}</g>'
+                   + _text(35, mid - 2, _fit(name, 90), "b")
+                   + _text(35, mid + 13, _fit(_shape(source), 92, 10.5), "s") + "</g>")
         if block is None:
-            out.append(f'<g{"" if switched else " class=" + chr(34) + "faded" + chr(34)}>'
-                       + _box(176, y, 200, height, "off diff" if switched else "off")
-                       + _text(188, mid + 4, "not used", "mark" if switched else "s") + "</g>")
+            out.append(f"<g{'' if switched else faded}>"
+                       + _box(152, y, 184, height, "off diff" if switched else "off")
+                       + _text(163, mid + 4, "not used", "s mark" if switched else "s") + "</g>")
         else:
-            back.append(f'<path class="wire" d="M148 {mid:g}H174"/>' + _tip(176, mid))
-            out.append("<g>" + tooltip(_describe(block)) + _box(176, y, 200, height, "box diff" if marked else "box")
-                       + _text(188, y + 19, _fit(block.block, 130), "b mark" if switched or renamed else "b")
-                       + amount(name, 366, y + 19)
-                       + "".join(_line(line, 188, y + 35 + 14 * i) for i, line in enumerate(lines))
-                       + share(name, 188, y + height - 5, 176, source.modality) + "</g>")
-            ends.append((mid, source.modality, True))
+            back.append(f'<path class="wire" d="M130 {mid:g}H150"/>' + _tip(152, mid))
+            new = switched or renamed
+            out.append("<g>" + tooltip(_describe(block)) + _box(152, y, 184, height, "box diff" if new else "box")
+                       + _text(163, y + 19, _fit(block.block, 120), "b mark" if new else "b")
+                       + amount(name, 326, y + 19)
+                       + "".join(_line(line, 163, y + 35 + 14 * i) for i, line in enumerate(lines))
+                       + share(name, 163, y + height - 5, 162, source.modality) + "</g>")
+            ends.append((mid, source.modality))
         y += height + 10
     bottom = y - 10
 
     words = _fields(spec.fusion, compare.fusion if compare else None, compared)
-    lines = [line for w in words for line in _lines([w], 112)]
+    lines = [line for w in words for line in _lines([w], 94)]
     renamed = compare is not None and compare.fusion.block != spec.fusion.block
-    marked = renamed or any(w.marked for w in words)
-    height = max(64.0, 44 + 14 * len(lines), 13.0 * len(ends) + 8)
-    middle = (6 + bottom) / 2
-    top = max(6.0, middle - height / 2)
+    height = max(64.0, 54 + 14 * len(lines), 13.0 * len(ends) + 8)
+    top = max(6.0, (6 + bottom) / 2 - height / 2)
     bottom = max(bottom, top + height, 110)
     middle = top + height / 2
-    text_top = middle - (30 + 14 * len(lines)) / 2
-    for i, (mid, modality, _) in enumerate(ends):
+    text_top = middle - (36 + 14 * len(lines)) / 2
+    for i, (mid, modality) in enumerate(ends):
         end = middle + (i - (len(ends) - 1) / 2) * min(18.0, (height - 20) / max(1, len(ends) - 1))
         back.append(f'<path class="{modality}" fill="none" stroke-width="1.6" stroke-opacity=".75" '
-                    f'd="M376 {mid:g}C408 {mid:g} 402 {end:g} 430 {end:g}"/>'
-                    f'<path class="{modality}" fill="none" stroke-width="1.6" d="M426 {end - 3:g}l4 3l-4 3"/>')
-    out.append("<g>" + tooltip(_describe(spec.fusion)) + _box(432, top, 132, height, "box diff" if marked else "box")
-               + _text(444, text_top + 12, "fusion", "s")
-               + amount(FUSION, 554, text_top + 12)
-               + _text(444, text_top + 27, _fit(spec.fusion.block, 112), "b mark" if renamed else "b")
-               + "".join(_line(line, 444, text_top + 43 + 14 * i) for i, line in enumerate(lines))
-               + share(FUSION, 444, top + height - 5, 108, "tone") + "</g>")
+                    f'd="M336 {mid:g}C364 {mid:g} 358 {end:g} 384 {end:g}"/>'
+                    f'<path class="{modality}" fill="none" stroke-width="1.6" d="M380 {end - 3:g}l4 3l-4 3"/>')
+    out.append("<g>" + tooltip(_describe(spec.fusion)) + _box(386, top, 114, height, "box diff" if renamed else "box")
+               + _text(396, text_top + 12, "fusion", "s") + amount(FUSION, 490, text_top + 12)
+               + _text(396, text_top + 27, _fit(spec.fusion.block, 96), "b mark" if renamed else "b")
+               + "".join(_line(line, 396, text_top + 43 + 14 * i) for i, line in enumerate(lines))
+               + share(FUSION, 396, top + height - 5, 94, "tone") + "</g>")
     for dy, head, what in ((-28, "actor", _actions(card.action_space)), (28, "critic", "1 value")):
         at = middle + dy
         start = middle + dy / 4
-        back.append(f'<path class="wire" d="M564 {start:g}C580 {start:g} 574 {at:g} 590 {at:g}"/>' + _tip(592, at))
-        out.append(_box(592, at - 21, 66, 42) + _text(625, at - 3, head, "b", "middle")
-                   + _text(625, at + 12, _fit(what, 60, 10.5), "s", "middle"))
+        back.append(f'<path class="wire" d="M500 {start:g}C514 {start:g} 508 {at:g} 522 {at:g}"/>' + _tip(524, at))
+        out.append(_box(524, at - 21, 64, 42) + _text(556, at - 3, head, "b", "middle")
+                   + _text(556, at + 12, _fit(what, 60, 10.5), "s", "middle"))
     bottom = max(bottom, middle + 50)
     if known:
         bottom += 22
-        out.append(_text(6, bottom - 2, f"{sum(known.values()):,} trainable parameters before the heads; numbers and "
-                         "bars: each block's share", "s"))
+        out.append(_text(2, bottom - 2, f"{sum(known.values()):,} trainable parameters before the heads; numbers and "
+                         "bars: each block’s share", "s"))
     label = f"Encoder of {card.env_id}: " + "; ".join(
         [*(f"{n}: {b.short()}" for n, b in spec.sources.items()), f"fusion: {spec.fusion.short()}"])
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" class="lacer-enc" viewBox="0 0 664 {bottom + 8:g}" role="img" '
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" class="lacer-enc" viewBox="0 0 590 {bottom + 8:g}" role="img" '
             f'aria-label="{esc(label)}">' + (f"<style>{ENCODER_STYLE}</style>" if style else "")
             + "".join(back) + "".join(out) + "</svg>")
 
@@ -281,9 +278,8 @@ def number(x: float | None, places: int = 3) -> str:
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round numbers between two limits."""
-    raw = (high - low) / max(1, about)
-    unit = 10.0 ** math.floor(math.log10(raw))
-    step = next((s * unit for s in (1, 2, 2.5, 5, 10) if s * unit >= raw * 0.999), unit)
+    unit = 10.0 ** math.floor(math.log10((high - low) / about))
+    step = min((s * unit for s in (1, 2, 2.5, 5, 10)), key=lambda s: abs((high - low) / s - about))
     return [round(k * step, 12) for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
@@ -311,23 +307,28 @@ def tick_labels(values: Sequence[float]) -> list[str]:
 
 
 class Frame:
-    """Axes of a small plot, 480 units wide."""
+    """Axes of a small plot."""
 
-    def __init__(self, x: tuple[float, float], y: tuple[float, float], height: int, left: int = 52, right: int = 14,
-                 top: int = 12, bottom: int = 40) -> None:
-        self.x, self.y, self.height = x, y, height
-        self.left, self.right, self.top, self.bottom = left, 480 - right, top, height - bottom
+    def __init__(self, x: tuple[float, float], y: tuple[float, float], height: int, left: int = 46,
+                 width: int = 480) -> None:
+        self.x, self.y, self.width, self.height = x, y, width, height
+        self.left, self.right, self.top, self.bottom = left, width - 14, 12, height - 40
         self.parts: list[str] = []
 
     def px(self, x: float) -> float:
-        """Horizontal place of a value, kept inside the frame."""
-        t = (x - self.x[0]) / ((self.x[1] - self.x[0]) or 1)
-        return round(self.left + min(1.0, max(0.0, t)) * (self.right - self.left), 1)
+        """Horizontal place of a value."""
+        return round(self.left + (x - self.x[0]) / ((self.x[1] - self.x[0]) or 1) * (self.right - self.left), 1)
 
     def py(self, y: float) -> float:
-        """Vertical place of a value, kept inside the frame."""
-        t = (y - self.y[0]) / ((self.y[1] - self.y[0]) or 1)
-        return round(self.bottom - min(1.0, max(0.0, t)) * (self.bottom - self.top), 1)
+        """Vertical place of a value."""
+        return round(self.bottom - (y - self.y[0]) / ((self.y[1] - self.y[0]) or 1) * (self.bottom - self.top), 1)
+
+    def clip(self, *parts: str) -> None:
+        """Appends SVG of which only what lies inside the frame is seen."""
+        box = f"{self.left} {self.top} {self.right - self.left} {self.bottom - self.top}"
+        x, y, width, height = box.split()
+        self.add(f'<svg class="clip" x="{x}" y="{y}" width="{width}" height="{height}" viewBox="{box}">', *parts,
+                 "</svg>")
 
     def add(self, *parts: str) -> None:
         """Appends SVG."""
@@ -351,7 +352,8 @@ class Frame:
 
     def svg(self, label: str) -> str:
         """The picture."""
-        return (f'<svg xmlns="http://www.w3.org/2000/svg" class="plot" viewBox="0 0 480 {self.height}" role="img" '
+        return (f'<svg xmlns="http://www.w3.org/2000/svg" class="plot{" wide" if self.width > 480 else ""}" '
+                f'viewBox="0 0 {self.width} {self.height}" role="img" '
                 f'aria-label="{esc(label)}">{"".join(self.parts)}</svg>')
 
 
@@ -370,7 +372,7 @@ class Row:
 def dot_rows(rows: Sequence[Row], label: str, *, zero: bool = False) -> str:
     """Values of the episodes as dots, with their mean and 95 % interval; ``zero`` draws the line of no difference."""
     everything = [v for r in rows for v in [*r.values, r.low, r.high]] + ([0.0] if zero else [])
-    f = Frame(limits(everything), (0, 1), 26 + 62 * len(rows) + 44, left=14)
+    f = Frame(limits(everything), (0, 1), 26 + 62 * len(rows) + 44, left=4)
     f.grid_x(label)
     if zero:
         f.add(f'<path class="zero" d="M{f.px(0)} {f.top}V{f.bottom}"/>')
@@ -386,9 +388,9 @@ def dot_rows(rows: Sequence[Row], label: str, *, zero: bool = False) -> str:
         jitter = rng.uniform(-9, 9, len(shown))
         f.add("".join(f'<circle class="{r.cls} dot" cx="{f.px(v)}" cy="{mid + j:.1f}" r="3"/>'
                       for v, j in zip(shown, jitter, strict=True)))
-        f.add(f'<path class="{r.cls} whisker" d="M{f.px(r.low)} {mid:g}H{f.px(r.high)}M{f.px(r.low)} {mid - 6:g}v12'
-              f'M{f.px(r.high)} {mid - 6:g}v12"/>'
-              f'<circle class="{r.cls} mean" cx="{f.px(r.mean)}" cy="{mid:g}" r="6"><title>{esc(r.name)}: '
+        f.add(f'<path class="{r.cls} whisker" d="M{f.px(r.low)} {mid:g}H{f.px(r.high)}M{f.px(r.low)} {mid - 8:g}v16'
+              f'M{f.px(r.high)} {mid - 8:g}v16"/>'
+              f'<circle class="{r.cls} mean" cx="{f.px(r.mean)}" cy="{mid:g}" r="5"><title>{esc(r.name)}: '
               f'{number(r.mean, places)} [{number(r.low, places)}, {number(r.high, places)}]</title></circle>')
     return f.svg(label)
 
@@ -403,21 +405,23 @@ class Dot:
     title: str
 
 
-def progress_plot(dots: Sequence[Dot], winner: int | None, minimize: bool, label: str) -> str:
+def progress_plot(dots: Sequence[Dot], winner: int | None, minimize: bool, label: str, *, wide: bool = False) -> str:
     """Every candidate's objective against its number, and the best so far as a step line."""
     values = [d.value for d in dots if d.value is not None]
     last = max((d.number for d in dots), default=0)
-    f = Frame((-0.6, last + 0.6), limits(values, whole=False), 300)
+    f = Frame((-0.6, last + 0.6), limits(values, whole=False), 300, width=1000 if wide else 480)
     f.grid_y()
-    f.grid_x("candidate", whole=True)
+    f.grid_x("candidate", 10 if wide else 5, whole=True)
     best: float | None = None
+    firsts: set[int] = set()
     path = ""
     for d in sorted(dots, key=lambda d: d.number):
         if d.value is not None and (best is None or (d.value < best if minimize else d.value > best)):
             path += (f"M{f.px(d.number)} {f.py(d.value)}" if best is None else f"H{f.px(d.number)}V{f.py(d.value)}")
             best = d.value
+            firsts.add(d.number)
     if path:
-        f.add(f'<path class="best" d="{path}H{f.right}"/>')
+        f.clip(f'<path class="best" d="{path}H{f.right}"/>')
     for d in sorted(dots, key=lambda d: d.number == winner):
         x = f.px(d.number)
         if d.value is None:
@@ -428,7 +432,8 @@ def progress_plot(dots: Sequence[Dot], winner: int | None, minimize: bool, label
             mark = f'<path class="other mean" d="M{x - 4} {f.top + 8}h8l-4-7z"/>'
         else:
             big = d.number == winner
-            mark = (f'<circle class="{"winner" if big else "other"} mean" cx="{x}" cy="{f.py(d.value)}" '
+            cls = "winner" if big else "better" if d.number in firsts else "other"
+            mark = (f'<circle class="{cls} mean" cx="{x}" cy="{f.py(d.value)}" '
                     f'r="{6 if big else 4 if len(dots) <= 60 else 2.6}"/>')
         f.add(f'<a href="#trial-{d.number}">{mark}<title>{esc(d.title)}</title></a>')
     return f.svg(label)
@@ -443,6 +448,7 @@ def curves_plot(curves: Mapping[str, Sequence[tuple[float, float]]], highlight: 
     f = Frame((0, max(xs, default=1.0) or 1.0), limits([y for c in shown.values() for _, y in c], whole=False), height)
     f.grid_y()
     f.grid_x(label)
+    lines = []
     for name in sorted(shown, key=lambda k: k in highlight):
         points = " ".join(f"{f.px(x):g},{f.py(y):g}" for x, y in shown[name])
         line = (f'<polyline class="curve {highlight.get(name, "other")}" points="{points}">'
@@ -450,7 +456,8 @@ def curves_plot(curves: Mapping[str, Sequence[tuple[float, float]]], highlight: 
         if len(shown[name]) == 1:
             x, y = shown[name][0]
             line = f'<circle class="{highlight.get(name, "other")} mean" cx="{f.px(x)}" cy="{f.py(y)}" r="3"/>'
-        f.add(f'<a href="#trial-{esc(name.lstrip("#"))}">{line}</a>' if links else line)
+        lines.append(f'<a href="#trial-{esc(name.lstrip("#"))}">{line}</a>' if links else line)
+    f.clip(*lines)
     return f.svg(label)
 
 
@@ -473,8 +480,8 @@ class Column:
 
 def heat_map(columns: Sequence[Column], rows: Mapping[str, str], label: str) -> str:
     """Values from 0 to 1 by row and candidate; ``rows`` maps names to a CSS class. Blank: no value."""
-    left, size = 92, 24
-    step = max(6.0, min(46.0, 640 / max(1, len(columns))))
+    left, size = 88, 24
+    step = max(6.0, min(46.0, 1000 / max(1, len(columns))))
     width, bottom = left + step * len(columns) + 4, size * len(rows) + 6
     out = []
     for i, (name, cls) in enumerate(rows.items()):
@@ -494,7 +501,8 @@ def heat_map(columns: Sequence[Column], rows: Mapping[str, str], label: str) -> 
                          f'height="{size - 2}" fill-opacity="{0.05 + 0.95 * level:.2f}"><title>{tooltip}: '
                          f"{v:.2f}</title></rect>")
             if step >= 30:
-                cells.append(f'<text class="{"over" if level > 0.55 else "under"}" x="{x + step / 2 - 0.5:.1f}" '
+                ink = "over" if level > 0.72 else "between" if level > 0.5 else "under"
+                cells.append(f'<text class="{ink}" x="{x + step / 2 - 0.5:.1f}" '
                              f'y="{i * size + 16}" text-anchor="middle">{v:.2f}</text>')
         out.append(f'<a href="#trial-{c.number}">{"".join(cells)}</a>')
         if c.winner:

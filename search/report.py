@@ -67,7 +67,8 @@ def render_report(outcome: Outcome, *, expert: EncoderSpec | None = None) -> str
     env = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True)
-    env.filters |= {"number": number, "count": count, "duration": duration, "soften": _soften, "sha256": _sha256}
+    env.filters |= {"number": number, "count": count, "duration": duration, "amount": _amount,
+                    "soften": _soften, "sha256": _sha256, "title_case": lambda text: text[:1].upper() + text[1:]}
     return clean(env.get_template("report.html").render(**_context(outcome, expert or _find_expert(outcome))))
 
 
@@ -118,8 +119,8 @@ def headline(outcome: Outcome) -> str:
     tail = f"on {_plural(len(episodes), 'episode')} that took no part in the search"
     value = number(final.objective, decimals(_interval(episodes)[1] - _interval(episodes)[0]) if len(episodes) > 1
                    else places)
-    middle = f", {' and '.join(clauses)}," if clauses else ""
-    return f"{who} reaches a {name} of {value}{unit}{middle} {tail}.{end}"
+    more = f": {' and '.join(clauses)}" if clauses else ""
+    return f"{who} reaches a {name} of {value}{unit} {tail}{more}.{end}"
 
 
 def duration(seconds: float | None) -> str:
@@ -165,8 +166,6 @@ def _winner(outcome: Outcome) -> Trial | None:
 
 def _find_expert(outcome: Outcome) -> EncoderSpec | None:
     given = outcome.config.get("expert")
-    if isinstance(given, EncoderSpec):
-        return given
     if isinstance(given, dict):
         try:
             return EncoderSpec.parse(given, outcome.card)
@@ -262,7 +261,8 @@ def _progress(outcome: Outcome, best: Trial | None) -> dict[str, Markup]:
     out = {"objective": Markup(), "curves": Markup()}
     if dots:
         out["objective"] = Markup(progress_plot(dots, best.number if best else None,
-                                                outcome.card.objective.direction == "minimize", label))
+                                                outcome.card.objective.direction == "minimize", label,
+                                                wide=any(e.curve for e in outcome.finals.values())))
     if curves:
         out["curves"] = Markup(curves_plot(curves, mark, "environment steps"))
     return out
@@ -312,14 +312,28 @@ def _probes(outcome: Outcome, best: Trial | None) -> list[dict[str, Any]]:
     """A heat map of each probe that was made."""
     ranked = [t for t in outcome.ranked() if t.evaluation is not None and t.evaluation.probes]
     rows = {n: s.modality for n, s in outcome.card.sources.items()} | {"fused": "fused"}
+    meaning = dict(MEANING)
+    targets = len(outcome.card.state_names)
+    if targets > 1:
+        meaning["linear_probe"] += (f". Mean over the {targets} state variables: a block that reads one of them "
+                                    f"perfectly and no other has {1 / targets:.2g}")
+        meaning["linear_probe, best variable"] = "linear probe of the one state variable that the features tell best"
     out = []
-    for probe in MEANING:
-        columns = [Column(t.number, f"#{t.number}", {n: v[probe] for n, v in t.evaluation.probes.items() if probe in v},
-                          t is best) for t in ranked if t.evaluation is not None]
+    for probe, text in meaning.items():
+        columns = [Column(t.number, f"#{t.number}", _probe_values(t.evaluation, probe), t is best)
+                   for t in ranked if t.evaluation is not None]
         if any(c.values for c in columns):
-            out.append({"name": probe.replace("_", " "), "meaning": MEANING[probe],
+            out.append({"name": probe.replace("_", " "), "meaning": text,
                         "svg": Markup(heat_map(columns, rows, f"{probe} by source and candidate"))})
     return out
+
+
+def _probe_values(e: Evaluation, probe: str) -> dict[str, float]:
+    """A probe by source; ``linear_probe, best variable``: the highest of the single linear probes."""
+    if probe in MEANING:
+        return {n: v[probe] for n, v in e.probes.items() if probe in v}
+    single = {n: [x for k, x in v.items() if k.startswith("linear_probe/")] for n, v in e.probes.items()}
+    return {n: max(v) for n, v in single.items() if v}
 
 
 def _designers(trials: Iterable[Trial]) -> list[tuple[str, int]]:
@@ -384,6 +398,13 @@ def _cut(text: Any, room: int) -> str:
 
 def _plural(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def _amount(value: Any) -> str:
+    """A number of tokens, requests or dollars."""
+    if not isinstance(value, int | float):
+        return str(value)
+    return number(value, 0 if value == int(value) else 4) if math.isfinite(value) else str(value)
 
 
 def _soften(text: str) -> Markup:

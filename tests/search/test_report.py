@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 import shutil
 import subprocess
@@ -45,7 +46,7 @@ def evaluation(rng: np.random.Generator, spec: EncoderSpec | None, card: TaskCar
     for name in [*used, "fused"] if spec else []:
         r2 = {f"linear_probe/target_{r}": good.get(r, 0.01) * float(rng.uniform(0.92, 1)) if name in (r, "fused")
               else float(rng.uniform(0, 0.03)) for r in RELEVANT}
-        mean = float(np.mean(list(r2.values())) if name == "fused" else max(r2.values()))
+        mean = float(np.mean(list(r2.values())))
         probes[name] = {"effective_rank": float(rng.uniform(0.15, 0.75)), "linear_probe": mean, **r2}
     modules = {n: int(rng.integers(500, 9_000)) for n in used} | ({"fusion": int(rng.integers(4_000, 20_000))} if spec
                                                                   else {})
@@ -101,7 +102,17 @@ def make_outcome(n: int = 8, seed: int = 0, *, minimize: bool = False, finals: b
 
 
 def svgs(page: str) -> list[str]:
-    return re.findall(r"<svg.*?</svg>", page, re.S)
+    """Pictures of a page, each with the SVG inside it."""
+    out, depth, start = [], 0, 0
+    for m in re.finditer(r"<(/?)svg[ >]", page):
+        if not m[1]:
+            start = m.start() if depth == 0 else start
+            depth += 1
+        else:
+            depth -= 1
+            if depth == 0:
+                out.append(page[start:m.end()])
+    return out
 
 
 def plain(page: str) -> str:
@@ -139,16 +150,16 @@ def test_pictures_are_well_formed() -> None:
 
 def test_headline_says_what_the_intervals_say() -> None:
     clear = headline(make_outcome(winner_level=0.9, expert_level=0.7))
-    assert re.search(r"^The best of 8 encoders reaches a mean score of 0\.\d+, "
-                     r"0\.\d+ \[0\.\d+, 0\.\d+\] above doing nothing "
-                     r"and 0\.\d+ \[0\.\d+, 0\.\d+\] above the expert’s, on 20 episodes that took no part", clear)
+    assert re.search(r"^The best of 8 encoders reaches a mean score of 0\.\d+ on 20 episodes that took no part in "
+                     r"the search: 0\.\d+ \[0\.\d+, 0\.\d+\] above doing nothing "
+                     r"and 0\.\d+ \[0\.\d+, 0\.\d+\] above the expert’s\.$", clear)
     equal = headline(make_outcome(winner_level=0.8, expert_level=0.8))
     assert "not distinguishable from the expert’s (0.0" in equal
     assert "[−0.0" in equal
     worse = headline(make_outcome(winner_level=0.6, expert_level=0.8))
     assert re.search(r"0\.\d+ \[0\.1\d+, 0\.2\d+\] below the expert’s", worse)
     less = headline(make_outcome(minimize=True, winner_level=0.9, expert_level=0.7))
-    assert re.search(r"mean delay of 1\.\d+ s, 0\.\d+ s \[0\.\d+, 0\.\d+\] below doing nothing", less)
+    assert re.search(r"mean delay of 1\.\d+ s on 20 .* search: 0\.\d+ s \[0\.\d+, 0\.\d+\] below doing nothing", less)
     assert less.endswith("Less is better.")
 
 
@@ -292,14 +303,14 @@ def test_numbers() -> None:
     assert limits([1, 2, 3, 2, 1, 2, 1e6], whole=False)[1] < 100
 
 
-def browse(path: Path, profile: Path, *options: str) -> tuple[str, str]:
-    """The page's DOM after loading it in headless Chromium, and what the browser's console said."""
+def browse(url: str, profile: Path) -> tuple[str, str]:
+    """The DOM of an address after loading it in headless Chromium, and what the browser's console said."""
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     assert chromium, "this test needs Chromium: apt-get install chromium"
     out = subprocess.run(
         [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
          "--disable-background-networking", "--disable-component-update", "--disable-sync",
-         f"--user-data-dir={profile}", "--enable-logging=stderr", "--v=0", *options, "--dump-dom", str(path)],
+         f"--user-data-dir={profile}", "--enable-logging=stderr", "--v=0", "--dump-dom", url],
         capture_output=True, timeout=120, check=True)
     console = [line for line in out.stderr.decode(errors="replace").splitlines() if "CONSOLE" in line]
     return out.stdout.decode(), "\n".join(console)
@@ -308,10 +319,46 @@ def browse(path: Path, profile: Path, *options: str) -> tuple[str, str]:
 @pytest.mark.slow
 def test_in_a_browser(tmp_path: Path) -> None:
     path = write_report(make_outcome(30, text=HOSTILE, command=HOSTILE), tmp_path / "report.html")
-    number = 7
-    page, console = browse(Path(f"{path.as_uri()}#trial-{number}"), tmp_path / "profile")
+    shown = 7
+    page, console = browse(f"{path.as_uri()}#trial-{shown}", tmp_path / "profile")
     assert console == ""
     opened = re.findall(r'<tbody id="trial-(\d+)"[^>]*class="[^"]*open', page)
-    assert opened == [str(number)], "a link to a candidate opens it"
+    assert opened == [str(shown)], "a link to a candidate opens it"
     assert "collapsed" not in page.split('id="candidates"')[1][:40]
     assert page.count("<script") == 1
+
+
+CLICKS = """<script>addEventListener("load", () => {
+  const bodies = () => [...document.querySelectorAll("#candidates > tbody:not([hidden])")];
+  const ids = () => bodies().map((body) => body.id.slice(6)).join();
+  const headers = [...document.querySelectorAll("#candidates th")], out = {rank: ids()};
+  for (const i of [1, 3, 3, 7, 10]) { headers[i].querySelector("button").click(); (out[i] ??= []).push(ids()); }
+  const filter = document.getElementById("filter");
+  filter.value = "FAILED"; filter.dispatchEvent(new Event("input")); out.filter = ids();
+  document.querySelector("tr.row:not(tbody[hidden] *)").click(); out.open = document.querySelectorAll(".open").length;
+  document.documentElement.dataset.out = JSON.stringify(out); });</script>"""
+
+
+@pytest.mark.slow
+def test_sorting_in_a_browser(tmp_path: Path) -> None:
+    outcome = make_outcome(12, failed=2, rejected=1)
+    page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", render_report(outcome)) + CLICKS
+    path = tmp_path / "report.html"
+    path.write_text(page, encoding="utf-8")
+    dom, console = browse(path.as_uri(), tmp_path / "profile")
+    assert console == ""
+    found = re.search(r'data-out="([^"]*)"', dom)
+    assert found
+    out = json.loads(html.unescape(found[1]))
+    ranked = [str(t.number) for t in outcome.ranked()]
+    with_result, without = ranked[:12], ranked[12:]
+    assert out["rank"].split(",") == ranked
+    assert out["1"][0].split(",") == [str(i) for i in range(15)]
+    best_first, worst_first = (order.split(",") for order in out["3"])
+    assert best_first[:12] == with_result
+    assert worst_first[:12] == with_result[::-1]
+    assert set(best_first[12:]) == set(worst_first[12:]) == set(without), "those without a result are last both ways"
+    sizes = {str(t.number): t.evaluation.cost.parameters for t in outcome.trials if t.evaluation}
+    assert [sizes[i] for i in out["7"][0].split(",")[:12]] == sorted(sizes[i] for i in with_result)
+    assert set(out["filter"].split(",")) == {str(t.number) for t in outcome.trials if t.status == "failed"}
+    assert out["open"] == 1
