@@ -1,0 +1,98 @@
+"""A local HTTP server with scripted replies, for tests: OpenAI's chat completions and Anthropic's messages.
+
+Usage: ``python llm_server.py SCRIPT``, SCRIPT being JSON text or a file name: ``{"replies": [...], "formats": [...]}``.
+It prints its port, and answers the n-th POST with the n-th reply, later ones with the last. A reply is one of
+
+- ``{"text": "..."}``: a completion (``"finish": "length"``: cut off by the token limit);
+- ``{"status": 429, "headers": {...}, "body": ...}``: an error or a redirect;
+- ``{"raw": "..."}``: HTTP 200 with a body that is no completion;
+- ``{"hang": true}``: never answers; ``{"trickle": true}``: one blank every 50 ms, for ever;
+- ``{"cut": true}``: stops in the middle of the body.
+
+``formats``: response formats that the server takes, any if absent; others get 400 and use up no reply.
+``GET /requests`` gives all requests so far: path, headers, body and seconds since the start.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+
+def main(script: dict[str, Any]) -> None:
+    """Serves until it is killed."""
+    seen: list[dict[str, Any]] = []
+    lock, start, used = threading.Lock(), time.monotonic(), [0]
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+        def send(self, status: int, body: bytes, headers: dict[str, str], claim: int | None = None) -> None:
+            self.send_response(status)
+            for k, v in {"Content-Type": "application/json", **headers}.items():
+                self.send_header(k, v)
+            self.send_header("Content-Length", str(len(body) if claim is None else claim))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_GET(self) -> None:
+            self.send(200, json.dumps(seen).encode(), {})
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            form = body.get("response_format", {}).get("type", "plain")
+            with lock:
+                seen.append({"path": self.path, "headers": {k.lower(): v for k, v in self.headers.items()},
+                             "body": body, "at": time.monotonic() - start})
+                refused = form not in script.get("formats", [form])
+                reply = script["replies"][min(used[0], len(script["replies"]) - 1)]
+                used[0] += not refused
+            if refused:
+                self.send(400, json.dumps({"error": {"message": f"response_format {form} is unknown"}}).encode(), {})
+            elif "status" in reply:
+                error = reply.get("body", {"error": {"message": "scripted"}})
+                self.send(reply["status"], json.dumps(error).encode(), reply.get("headers", {}))
+            elif reply.get("hang"):
+                time.sleep(3600)
+            elif reply.get("trickle"):
+                self.send(200, b" ", {}, claim=10**6)
+                while True:
+                    time.sleep(0.05)
+                    self.wfile.write(b" ")
+            elif reply.get("cut"):
+                self.send(200, b'{"id": "x", "choices": [{"mess', {}, claim=10**4)
+                self.close_connection = True
+            elif "raw" in reply:
+                self.send(200, reply["raw"].encode(), {})
+            else:
+                self.send(200, json.dumps(completion(self.path, body, reply)).encode(), {})
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    print(server.server_address[1], flush=True)
+    server.serve_forever()
+
+
+def completion(path: str, body: dict[str, Any], reply: dict[str, Any]) -> dict[str, Any]:
+    """The reply in the form of OpenAI or, on ``/messages``, of Anthropic. Tokens: 1000 in, 100 out."""
+    if path.endswith("/messages"):
+        return {"id": "m", "type": "message", "role": "assistant", "model": body["model"],
+                "content": [{"type": "text", "text": reply["text"]}], "stop_reason": "end_turn", "stop_sequence": None,
+                "usage": {"input_tokens": 1000, "output_tokens": 100}}
+    return {"id": "c", "object": "chat.completion", "created": 1, "model": body["model"],
+            "choices": [{"index": 0, "message": {"role": "assistant", "content": reply["text"]},
+                         "finish_reason": reply.get("finish", "stop")}],
+            "usage": {"prompt_tokens": 1000, "completion_tokens": 100, "total_tokens": 1100}}
+
+
+if __name__ == "__main__":
+    arg = sys.argv[1]
+    main(json.loads(arg if arg.lstrip().startswith("{") else Path(arg).read_text()))
