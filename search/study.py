@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -91,7 +92,9 @@ class Study:
             if create:
                 self.optuna = optuna.create_study(storage=storage, study_name=name, load_if_exists=True,
                                                   direction=self.card.objective.direction)
-                self.optuna.set_metric_names([self.card.objective.metric])
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                    self.optuna.set_metric_names([self.card.objective.metric])
             else:
                 self.optuna = optuna.load_study(storage=storage, study_name=name)
         except KeyError:

@@ -1,0 +1,131 @@
+"""A worker process: ``python -m lacer.agents.worker``. Runs one candidate at a time, each in a process of its own.
+
+The worker imports everything once and forks for each run, so a run starts at once, has its own memory (one SUMO per
+process) and can be killed without harm. It speaks JSON lines: requests on standard input,
+``{"key", "request", "timeout"}``; on standard output ``{"ready"}``, ``{"key", "progress"}`` and
+``{"key", "evaluation"}``. Nothing but such lines goes out; stray prints go to standard error. At the end of its input
+(the driver is gone) it kills what is running and ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import os
+import select
+import signal
+import sys
+import time
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork
+
+import torch
+
+from lacer.agents.evaluation import Evaluation, RunRequest
+from lacer.agents.ppo import run
+from lacer.encoders import text_model
+from lacer.envs import LacerError, task_card
+
+
+class Channel:
+    """JSON lines to the driver; keeps the real standard output for itself."""
+
+    def __init__(self) -> None:
+        self._fd = os.dup(1)
+        os.dup2(2, 1)
+
+    def send(self, message: dict[str, Any]) -> None:
+        data = (json.dumps(message) + "\n").encode()
+        while data:
+            data = data[os.write(self._fd, data):]
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def _child(channel: Channel, key: str, request: RunRequest) -> None:
+    """Runs a request in the forked process; never returns."""
+    os.setsid()
+    _die_with_parent()
+    try:
+        evaluation = run(request, lambda p: channel.send({"key": key, "progress": p}), start_method="fork")
+    except LacerError as e:
+        evaluation = Evaluation.failure(str(e), request.seed)
+    except BaseException as e:  # a result too, with its reason; the traceback goes to the log
+        sys.excepthook(type(e), e, e.__traceback__)
+        evaluation = Evaluation.failure(f"{type(e).__name__}: {e}", request.seed)
+    channel.send({"key": key, "evaluation": evaluation.model_dump(mode="json")})
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _prepare(request: RunRequest) -> None:
+    """Loads the text model before the fork, so that runs share it."""
+    with contextlib.suppress(LacerError):  # a wrong request is reported by the run itself
+        card = task_card(request.env, **request.env_kwargs)
+        if request.encoder is not None and any(
+                card.sources[s].modality == "text" for s in request.encoder.get("sources", {}) if s in card.sources):
+            text_model(request.text_model)
+
+
+def kill_group(pid: int) -> None:
+    """Kills a process and everything in its process group."""
+    for kill in (os.killpg, os.kill):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            kill(pid, signal.SIGKILL)
+
+
+def main() -> None:
+    torch.set_num_threads(int(os.environ.get("LACER_THREADS", "1")))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides
+    _die_with_parent()
+    channel = Channel()
+    channel.send({"ready": os.getpid()})
+    buffer = b""
+    child, key, deadline, seed = 0, "", 0.0, 0
+    while True:
+        if child:
+            pid, status = os.waitpid(child, os.WNOHANG)
+            if pid:
+                kill_group(child)  # environment processes that outlived it
+                if not os.WIFEXITED(status) or os.WEXITSTATUS(status):
+                    how = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit {status >> 8}"
+                    failure = Evaluation.failure(f"the run's process was killed ({how})", seed)
+                    channel.send({"key": key, "evaluation": failure.model_dump(mode="json")})
+                child = 0
+            elif time.monotonic() > deadline:
+                kill_group(child)
+                os.waitpid(child, 0)
+                failure = Evaluation.failure("time-out", seed)
+                channel.send({"key": key, "evaluation": failure.model_dump(mode="json")})
+                child = 0
+        if not child and b"\n" in buffer:
+            line, buffer = buffer.split(b"\n", 1)
+            message = json.loads(line)
+            request = RunRequest.model_validate(message["request"])
+            _prepare(request)
+            gc.collect()
+            key, seed, deadline = message["key"], request.seed, time.monotonic() + message["timeout"]
+            child = os.fork()
+            if not child:
+                _child(channel, key, request)
+            continue
+        ready, _, _ = select.select([0], [], [], 0.05 if child else None)
+        if not ready:
+            continue
+        data = os.read(0, 1 << 16)
+        if not data:
+            if child:
+                kill_group(child)
+            return
+        buffer += data
+
+
+if __name__ == "__main__":
+    main()

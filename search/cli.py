@@ -1,0 +1,273 @@
+"""The command line: ``lacer search | train | evaluate | envs | blocks | designers``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import shutil
+import sys
+import warnings
+from argparse import RawDescriptionHelpFormatter
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser, Namespace
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+from rich.console import Console
+
+from lacer.envs import LacerError, did_you_mean, list_envs
+from lacer.search.config import SearchConfig, load_yaml, validate
+
+EXAMPLES = {
+    "search": """examples:
+  lacer search --config quick
+  lacer search --env lacer/MixedTraffic-v0 --designer evolution --candidates 20
+  lacer search --env lacer/MixedTraffic-v0 --designer lacer --llm openai:MODEL --llm-base-url URL --candidates 50
+  lacer search --config my.yaml --protocol.steps 20000 --seed 1
+  lacer search --resume runs/20260101-120000-MixedTraffic-v0-evolution""",
+    "train": """examples:
+  lacer train --encoder runs/R/best/encoder.json --env lacer/MixedTraffic-v0 --steps 200000
+  lacer train --encoder my_encoder.json --config quick --steps 50000 --out agents/mine""",
+    "evaluate": """examples:
+  lacer evaluate runs/R/best --episodes 20
+  lacer evaluate runs/R/best --episodes 50 --seed 7 --json""",
+}
+
+
+class _HelpFormatter(RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=min(120, shutil.get_terminal_size().columns))
+
+    def _get_help_string(self, action: Any) -> str:
+        return action.help or ""  # the texts name their defaults; jsonargparse would add "type, default: null"
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """One line on standard error and exit code 2; unknown options get "did you mean"."""
+        known = [s for a in self._actions for s in a.option_strings if s.startswith("--")]
+        unknown = [w for w in message.split() if w.startswith("--") and w.split("=")[0] not in known]
+        hint = did_you_mean(unknown[0].split("=")[0], known) if unknown and "nrecognized" in message else ""
+        fail(f"{message.strip()}{hint.rstrip('.')}\nSee `{self.prog.replace(' [options]', '')} --help`.")
+
+
+def fail(message: str) -> NoReturn:
+    """Prints an error and exits with 2."""
+    print(f"lacer: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _add_fields(parser: ArgumentParser, model: type[BaseModel], prefix: str = "") -> None:
+    """One option per field, nested models as ``--protocol.steps``; without a value it is left to config or default."""
+    for name, f in model.model_fields.items():
+        kind = f.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            _add_fields(parser, kind, f"{prefix}{name}.")
+            continue
+        default = f.get_default()
+        shown = "" if default is PydanticUndefined or default in (None, {}) else f" (default: {default})"
+        parser.add_argument("--" + f"{prefix}{name}".replace("_", "-"), dest=f"{prefix}{name}", type=kind | None,
+                            default=None, metavar=_metavar(kind), help=(f.description or "") + shown)
+
+
+def _metavar(kind: Any) -> str:
+    if kind in (int, float, str):
+        return {int: "N", float: "X", str: "NAME"}[kind]
+    return "JSON" if "dict" in str(kind) or "tuple" in str(kind) or "list" in str(kind) else "VALUE"
+
+
+def _given(args: Namespace, skip: tuple[str, ...]) -> dict[str, Any]:
+    """Options that were given, nested as in the model."""
+    def prune(data: dict[str, Any]) -> dict[str, Any]:
+        out = {}
+        for k, v in data.items():
+            v = prune(v) if isinstance(v, dict) and k in ("protocol", "ppo") else v
+            if v is not None and v != {}:
+                out[k] = v
+        return out
+
+    return prune({k: v for k, v in args.as_dict().items() if k not in skip})
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for k, v in over.items():
+        out[k] = _merge(out[k], v) if k in ("protocol", "ppo") and isinstance(out.get(k), dict) else v
+    return out
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="lacer", description="Search for the state encoder of a multi-source RL agent.")
+    commands = parser.add_subcommands(required=True, dest="command")
+
+    def command(name: str, text: str) -> _Parser:
+        p = _Parser(prog=f"lacer {name}", usage=f"lacer {name} [options]", description=text,
+                    epilog=EXAMPLES.get(name), formatter_class=_HelpFormatter)
+        commands.add_subcommand(name, p, help=text)
+        return p
+
+    p = command("search", "search an encoder, train the winner, write a report")
+    p.add_argument("--config", default=None, metavar="FILE", help="YAML file or preset (quick, full); options override it")
+    p.add_argument("--resume", default=None, metavar="RUN", help="go on with a run folder")
+    p.add_argument("--out", default=None, metavar="FOLDER", help="run folder (default: runs/<date-time-env-designer>)")
+    p.add_argument("--quiet", action="store_true", help="print nothing but the result")
+    _add_fields(p, SearchConfig)
+
+    p = command("train", "train one encoder with PPO and save the agent")
+    p.add_argument("--encoder", required=True, metavar="FILE", help="encoder.json, or an agent folder")
+    p.add_argument("--config", default=None, metavar="FILE", help="YAML file or preset with env and protocol")
+    p.add_argument("--env", default=None, metavar="ID", help="environment id")
+    p.add_argument("--env-kwargs", dest="env_kwargs", type=dict | None, default=None, metavar="JSON",
+                   help="constructor arguments of the environment")
+    p.add_argument("--steps", type=int, default=200_000, metavar="N", help="environment steps (default: 200000)")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="training seed (default: 0)")
+    p.add_argument("--episodes", type=int, default=20, metavar="N", help="evaluation episodes (default: 20)")
+    p.add_argument("--out", default=None, metavar="FOLDER", help="agent folder (default: agents/<date-time-env>)")
+
+    p = command("evaluate", "evaluate a saved agent on held-out seeds")
+    p.add_argument("agent", metavar="FOLDER", help="agent folder, e.g. runs/.../best")
+    p.add_argument("--episodes", type=int, default=20, metavar="N", help="episodes (default: 20)")
+    p.add_argument("--seed", type=int, default=2_000_000, metavar="N", help="seed of the first episode; the others "
+                   "follow (default: 2000000, which no search uses)")
+    p.add_argument("--env-kwargs", dest="env_kwargs", type=dict | None, default=None, metavar="JSON",
+                   help="environment arguments that differ from the training")
+    p.add_argument("--json", action="store_true", help="print JSON")
+
+    command("envs", "list environments")
+    command("blocks", "list the blocks that encoders are made of")
+    command("designers", "list designers")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the ``lacer`` command."""
+    logging.basicConfig(level=logging.WARNING, format="lacer: %(message)s")
+    warnings.filterwarnings("ignore", module="optuna")
+    args = _parser().parse_args(argv)
+    if ":" in str(_env_of(args)):
+        sys.path.insert(0, os.getcwd())  # module:Id of a module in the working folder
+    try:
+        {"search": _search, "train": _train, "evaluate": _evaluate, "envs": _envs, "blocks": _blocks,
+         "designers": _designers}[args.command](args[args.command])
+    except LacerError as e:
+        fail(str(e))
+    except KeyboardInterrupt:
+        sys.stderr.flush()
+        sys.stdout.flush()
+        os._exit(130)  # at once: an LLM's reply or a tracker may still be awaited in a thread
+
+
+def _env_of(args: Namespace) -> str | None:
+    sub = args[args.command]
+    return sub.get("env") if sub is not None else None
+
+
+def _search(a: Namespace) -> None:
+    from lacer.search.loop import search, summary
+    from lacer.search.progress import candidate_table
+
+    given = _given(a, ("config", "resume", "out", "quiet"))
+    if a.resume is not None:
+        if a.config is not None:
+            raise LacerError("--config and --resume exclude each other: a run keeps its own configuration")
+        result = search(resume=a.resume, out=a.out, quiet=a.quiet, **given)
+    else:
+        base = load_yaml(a.config) if a.config is not None else {}
+        if a.config is not None:
+            validate(base, a.config)  # names the file if a key of it is wrong
+        merged = _merge(base, given)
+        validate(merged, "--")  # what is wrong now was given as an option
+        result = search(out=a.out, quiet=a.quiet, **merged)
+    console = Console(highlight=False)
+    console.print()
+    # Wide enough for all sources also where the output is a file; a terminal keeps its own width.
+    (console if console.is_terminal else Console(width=160, highlight=False)).print(candidate_table(result.outcome))
+    print("\n" + summary(result))
+    if result.outcome.winner is None:
+        sys.exit(1)
+
+
+def _train(a: Namespace) -> None:
+    from datetime import datetime
+
+    from lacer.agents import RunRequest, run
+    from lacer.encoders import EncoderSpec
+    from lacer.envs import task_card
+    from lacer.search.progress import Display
+
+    over = {k: a[k] for k in ("env", "env_kwargs") if a[k] is not None}
+    config = validate(_merge(load_yaml(a.config) if a.config else {}, over), a.config or "train")
+    for name, value in (("--steps", a.steps), ("--episodes", a.episodes)):
+        if value < 1:
+            raise LacerError(f"{name} must be at least 1, not {value}")
+    path = Path(a.encoder)
+    card = task_card(config.env, **config.env_kwargs)
+    spec = EncoderSpec.load(path / "encoder.json" if path.is_dir() else path, card)
+    out = Path(a.out) if a.out else Path("agents") / f"{datetime.now():%Y%m%d-%H%M%S}-{card.env_id.split('/')[-1]}"
+    if out.exists():
+        raise LacerError(f"{out} exists already; choose another folder with --out")
+    protocol = config.protocol.model_copy(update={"steps": a.steps, "eval_episodes": a.episodes})
+    display = Display(card, a.steps)
+    display.started("train", spec.short(), a.steps)
+    request = RunRequest(env=config.env, env_kwargs=config.env_kwargs, eval_env_kwargs=config.eval_env_kwargs,
+                         encoder=spec.to_dict(), protocol=protocol, seed=a.seed, text_model=config.text_model,
+                         save_to=str(out))
+    try:
+        result = run(request, lambda p: display.progress("train", p))
+    finally:
+        display.close()
+    if not result.ok:
+        print(f"lacer: the training failed: {result.reason}", file=sys.stderr)
+        sys.exit(1)
+    print(f"{card.objective.metric} {result.objective:.3f} {card.objective.unit}, return {result.mean_return:.3f} over "
+          f"{a.episodes} held-out episodes, {result.cost.steps_per_second:.0f} steps/s\nAgent: {out}\n"
+          f"Next:  lacer evaluate {shlex.quote(str(out))}")
+
+
+def _evaluate(a: Namespace) -> None:
+    from lacer.agents import load
+    from lacer.agents.ppo import evaluate, mean_interval
+
+    if a.episodes < 1:
+        raise LacerError(f"--episodes must be at least 1, not {a.episodes}")
+    agent = load(a.agent, a.env_kwargs)
+    r = agent.request
+    kwargs = {**r.env_kwargs, **r.eval_env_kwargs, **(a.env_kwargs or {})}
+    protocol = r.protocol.model_copy(update={"eval_episodes": a.episodes, "eval_seed": a.seed})
+    episodes = evaluate(agent.policy, agent.card, agent.table, r.env, kwargs, protocol)
+    rows = {"return": episodes.returns, **episodes.metrics}
+    stats = {k: mean_interval(v) for k, v in rows.items()}
+    if a.json:
+        print(json.dumps({"agent": str(a.agent), "episodes": a.episodes, "seed": a.seed,
+                          "metrics": {k: dict(zip(("mean", "iqm", "low", "high"), v, strict=True))
+                                      for k, v in stats.items()}}))
+        return
+    unit = {agent.card.objective.metric: agent.card.objective.unit}
+    print(f"{r.env}, {a.episodes} episodes from seed {a.seed}: mean, interquartile mean, 95 % bootstrap interval of the mean")
+    for k, (mean, iqm, low, high) in stats.items():
+        print(f"  {k:24} {mean:10.3f} {iqm:10.3f}  [{low:.3f}, {high:.3f}] {unit.get(k, '')}")
+
+
+def _list(rows: dict[str, str]) -> None:
+    width = max(map(len, rows), default=0)
+    for name, text in rows.items():
+        print(f"{name:{width}}  {text}")
+
+
+def _envs(_: Namespace) -> None:
+    _list(list_envs())
+
+
+def _blocks(_: Namespace) -> None:
+    from lacer.encoders import blocks
+
+    _list({f"{modality}:{name}": cls.summary() for (modality, name), cls in blocks().items()})
+
+
+def _designers(_: Namespace) -> None:
+    from lacer.search.designers.base import designers
+
+    _list({name: cls.summary() + (" (needs an LLM)" if cls.needs_llm else "") for name, cls in designers().items()})

@@ -1,0 +1,135 @@
+"""The configuration of a search: one pydantic model behind the command line, YAML files and ``search()``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lacer.agents.evaluation import Protocol
+
+from lacer.envs import LacerError, TaskCard, did_you_mean
+
+if TYPE_CHECKING:
+    from lacer.encoders import EncoderSpec
+
+
+class SearchConfig(BaseModel):
+    """Everything that a search depends on. API keys are not part of it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    env: str = Field("lacer/MixedTraffic-v0", description="registered environment id, or module:id")
+    env_kwargs: dict[str, Any] = Field({}, description="constructor arguments of the environment")
+    eval_env_kwargs: dict[str, Any] = Field({}, description="arguments that differ in evaluation, e.g. other wordings")
+    designer: str = Field("auto", description="who proposes encoders; see `lacer designers`. auto: lacer if an LLM is "
+                                              "given, else the best designer that needs none")
+    candidates: int = Field(20, ge=1, description="encoders to evaluate, the expert's included")
+    seed: int = Field(0, ge=0, description="seed of the designer and of all training runs")
+    workers: int = Field(0, ge=0, description="candidates evaluated at once; 0: one per CPU core")
+    protocol: Protocol = Field(Protocol(), description="how a candidate is trained and evaluated")
+    final_steps: int = Field(50_000, ge=1, description="environment steps of the final training of the winner and of "
+                                                       "the expert's encoder")
+    final_episodes: int = Field(20, ge=2, description="episodes of the final evaluation, on seeds that took no part "
+                                                      "in the search")
+    timeout: float = Field(7200, gt=0, description="seconds after which a run is ended and counted as failed")
+    space: dict[str, list[Any]] = Field({}, description="options by decision, to narrow or widen the search space, "
+                                                        "e.g. {'*.mlp.width': [16, 32]}")
+    expert: str | None = Field(None, description="encoder.json of the first candidate; default: a sensible one by hand")
+    text_model: str = Field("all-MiniLM-L6-v2", description="frozen text model: name, local folder, or hash (none)")
+    llm: str | None = Field(None, description="openai:MODEL, anthropic:MODEL, or replay:FILE")
+    llm_base_url: str | None = Field(None, description="URL of any OpenAI-compatible server")
+    llm_temperature: float = Field(1.0, ge=0, description="sampling temperature of the LLM")
+    llm_timeout: float = Field(120, gt=0, description="seconds that the LLM may take for a reply")
+    batch: int = Field(1, ge=1, description="encoders that an LLM designer asks for at once")
+    wandb: Literal["auto", "online", "offline", "off"] = Field(
+        "auto", description="Weights & Biases; auto: online if logged in, else offline")
+    wandb_project: str = Field("lacer", description="Weights & Biases project")
+
+
+RESUMABLE = {"candidates", "workers", "timeout", "llm", "llm_base_url", "llm_temperature", "llm_timeout", "batch", "wandb",
+             "wandb_project"}
+"""Fields that may be changed when a search is resumed; results before and after stay comparable."""
+
+
+def validate(data: dict[str, Any], where: str) -> SearchConfig:
+    """Checks plain data.
+
+    Raises:
+        LacerError: names ``where`` (a file; ``--`` for options), the key, what is wrong, and for unknown keys the
+            nearest right one.
+    """
+    try:
+        return SearchConfig.model_validate(data)
+    except ValidationError as e:
+        raise LacerError("\n".join(_explain(SearchConfig, err, where) for err in e.errors()[:5])) from None
+
+
+def _explain(model: type[BaseModel], err: Any, where: str) -> str:
+    key = ".".join(map(str, err["loc"]))
+    if where == "--":  # the command line
+        return f"--{key.replace('_', '-')}: {err['msg']} (got {str(err['input'])[:60]!r})"
+    if err["type"] != "extra_forbidden":
+        return f"{where}: {key}: {err['msg']} (got {str(err['input'])[:60]!r})"
+    for part in err["loc"][:-1]:
+        inner = model.model_fields[str(part)].annotation
+        assert isinstance(inner, type)
+        model = inner
+    return f"{where}: unknown key {key!r}{did_you_mean(str(err['loc'][-1]), model.model_fields)}"
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML mapping from a file or, for a bare name such as ``quick``, from the shipped presets.
+
+    Raises:
+        LacerError: no such file (lists the presets), or no YAML mapping.
+    """
+    known = dict(presets())
+    if str(path) in known:
+        text = known[str(path)]
+    else:
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise LacerError(f"cannot read the configuration {path}: {e.strerror if isinstance(e, OSError) else e}"
+                             f"{did_you_mean(str(path), known)} Presets: {', '.join(known)}.") from None
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise LacerError(f"{path} is not YAML: {e}") from None
+    if not isinstance(data, dict):
+        raise LacerError(f"{path}: expected keys and values at the top")
+    return data
+
+
+def presets() -> Iterator[tuple[str, str]]:
+    """Shipped search configurations: (name, YAML text)."""
+    for f in sorted(resources.files("lacer.configs").iterdir(), key=lambda f: f.name):
+        if f.name.endswith(".yaml") and not f.name.startswith("expert"):
+            yield f.name.removesuffix(".yaml"), f.read_text(encoding="utf-8")
+
+
+def expert_spec(card: TaskCard, path: str | None) -> EncoderSpec:
+    """The expert's encoder: from a file, or a sensible one by modality (``configs/expert.yaml``).
+
+    Raises:
+        LacerError: if the file cannot be read or does not fit the task.
+    """
+    from lacer.encoders import FUSION, EncoderSpec
+
+    if path is not None:
+        return EncoderSpec.load(path, card)
+    blocks = yaml.safe_load((resources.files("lacer.configs") / "expert.yaml").read_text(encoding="utf-8"))
+    return EncoderSpec.parse({"sources": {n: blocks[s.modality] for n, s in card.sources.items()},
+                              "fusion": blocks[FUSION]}, card)
+
+
+def worker_count(config: SearchConfig) -> int:
+    """Number of workers to use: as configured, or one per core, but no more than there are candidates."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(config.workers or cores, max(config.candidates, 2))
