@@ -451,11 +451,12 @@ def curves_plot(curves: Mapping[str, Sequence[tuple[float, float]]], highlight: 
     lines = []
     for name in sorted(shown, key=lambda k: k in highlight):
         points = " ".join(f"{f.px(x):g},{f.py(y):g}" for x, y in shown[name])
-        line = (f'<polyline class="curve {highlight.get(name, "other")}" points="{points}">'
+        cls = highlight.get(name, "other many" if len(shown) > 40 else "other")
+        line = (f'<polyline class="curve {cls}" points="{points}">'
                 f"<title>{esc(name)}</title></polyline>")
         if len(shown[name]) == 1:
             x, y = shown[name][0]
-            line = f'<circle class="{highlight.get(name, "other")} mean" cx="{f.px(x)}" cy="{f.py(y)}" r="3"/>'
+            line = f'<circle class="{cls} mean" cx="{f.px(x)}" cy="{f.py(y)}" r="3"/>'
         lines.append(f'<a href="#trial-{esc(name.lstrip("#"))}">{line}</a>' if links else line)
     f.clip(*lines)
     return f.svg(label)
@@ -508,7 +509,7 @@ def heat_map(columns: Sequence[Column], rows: Mapping[str, str], label: str) -> 
         if c.winner:
             out.append(f'<rect class="frame" x="{x - 1:.1f}" y="0" width="{step + 1:.1f}" height="{size * len(rows)}" '
                        'rx="2"/>')
-        every = math.ceil(26 / step)
+        every = math.ceil(34 / step)
         if j % every == 0:
             out.append(f'<text x="{x + step / 2:.1f}" y="{bottom + 10}" text-anchor="middle">#{c.number}</text>')
     return (f'<svg xmlns="http://www.w3.org/2000/svg" class="plot heat" viewBox="0 0 {width:.0f} {bottom + 18}" '

@@ -83,6 +83,8 @@ def headline(outcome: Outcome) -> str:
         parts = [f"{n} {status}" for status, n in sorted(counts.items())]
         return f"None of the {_plural(len(outcome.trials), 'proposed encoder')} has a result: {', '.join(parts)}."
     who = f"The best of {_plural(counts['ok'], 'encoder')}" if counts["ok"] > 1 else "The only encoder with a result"
+    if best.proposal.designer == EXPERT:
+        who += " is the expert’s own; it"
     name = objective.metric.replace("_", " ")
     name = name if name.startswith(("mean ", "average ")) else f"mean {name}"
     unit = f" {objective.unit}" if objective.unit else ""
@@ -100,9 +102,9 @@ def headline(outcome: Outcome) -> str:
     for key, of in ((NOOP, "doing nothing" if card.noop is not None else "acting at random"),
                     (EXPERT, "the expert’s")):
         other = outcome.finals.get(key)
-        d = _difference(final, other, objective.metric)
-        if other is None:
+        if other is None or (key == EXPERT and best.proposal.designer == EXPERT):
             continue
+        d = _difference(final, other, objective.metric)
         if not other.ok:
             clauses.append(f"while {of.replace('’s', '’s encoder')} gave no result")
         elif d is None:
@@ -140,7 +142,8 @@ def _context(outcome: Outcome, expert: EncoderSpec | None) -> dict[str, Any]:
     """Everything that the template shows."""
     objective = outcome.card.objective
     best = _winner(outcome)
-    evaluations = [*(t.evaluation for t in outcome.trials if t.evaluation), *outcome.finals.values()]
+    runs = [*(t.evaluation for t in outcome.trials if t.evaluation), *outcome.finals.values()]
+    evaluations = list({id(e): e for e in runs}.values())  # the expert's final run may be the winner's too
     total = {field: sum(getattr(e.cost, field) for e in evaluations)
              for field in ("env_steps", "train_seconds", "eval_seconds", "probe_seconds")}
     seeds = _seeds(outcome)
@@ -149,7 +152,7 @@ def _context(outcome: Outcome, expert: EncoderSpec | None) -> dict[str, Any]:
         "metric": objective.metric.replace("_", " ") + (f" ({objective.unit})" if objective.unit else ""),
         "counts": Counter(t.status for t in outcome.trials), "designers": _designers(outcome.trials),
         "best": best, "best_json": best.spec.to_json() if best and best.spec else "", "outcome": outcome,
-        "finals": _finals(outcome), "encoders": _encoders(outcome, best, expert),
+        "finals": _finals(outcome, best), "encoders": _encoders(outcome, best, expert),
         "progress": _progress(outcome, best), "candidates": _candidates(outcome, best),
         "probes": _probes(outcome, best),
         "total": total, "tokens": _tokens(outcome), "config": _yaml(outcome.config), "seeds": seeds,
@@ -193,7 +196,7 @@ def _interval(values: Iterable[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _finals(outcome: Outcome) -> dict[str, Any]:
+def _finals(outcome: Outcome, best: Trial | None) -> dict[str, Any]:
     """Plots of the final runs, and notes about those without a result."""
     objective = outcome.card.objective
     metric, unit = objective.metric, f" ({objective.unit})" if objective.unit else ""
@@ -201,9 +204,13 @@ def _finals(outcome: Outcome) -> dict[str, Any]:
     names = sorted(outcome.finals, key=lambda n: {NOOP: 0, EXPERT: 1, WINNER: 3}.get(n, 2))
     rows, differences, notes = [], [], []
     winner = outcome.finals.get(WINNER)
+    same = best is not None and best.proposal.designer == EXPERT and WINNER in names
     for name in names:
+        if name == EXPERT and same:
+            continue
         e = outcome.finals[name]
         title = "random actions" if name == NOOP and outcome.card.noop is None else name
+        title = "winner: the expert’s own encoder" if name == WINNER and same else title
         if not e.ok or e.objective is None:
             notes.append(f"{title}: no result. {_cut(e.reason, 600)}")
             continue
@@ -215,7 +222,8 @@ def _finals(outcome: Outcome) -> dict[str, Any]:
             differences.append(Row(f"{WINNER} − {title}", "winner", [a - b for a, b in pairs], *d))
         elif name != WINNER and winner is not None and winner.ok:
             notes.append(f"{title} was evaluated on other episodes than the winner, so there is no paired difference.")
-    curves = {n: outcome.finals[n].curve for n in names if outcome.finals[n].curve}
+    curves = {n: outcome.finals[n].curve for n in names
+              if outcome.finals[n].curve and not (same and n == EXPERT)}
     return {
         "values": Markup(dot_rows(rows, label)) if rows else "",
         "differences": Markup(dot_rows(differences, "difference in " + label, zero=True)) if differences else "",
@@ -233,11 +241,12 @@ def _encoders(outcome: Outcome, best: Trial | None, expert: EncoderSpec | None) 
     if best is not None and best.spec is not None and best.evaluation is not None:
         final = outcome.finals.get(WINNER)
         cost = final.cost if final is not None and final.cost.parameters_by_module else best.evaluation.cost
-        out.append({"title": "Best encoder", "cls": "winner", "parameters": cost.parameters, "hash": best.spec.hash,
+        own = best.spec == expert
+        out.append({"title": "Best encoder: the expert’s own" if own else "Best encoder", "cls": "winner", "parameters": cost.parameters, "hash": best.spec.hash,
                     "note": f"candidate {best.number}, proposed by {best.proposal.designer}",
                     "svg": Markup(encoder_svg(best.spec, outcome.card, parameters=cost.parameters_by_module,
-                                              compare=expert))})
-    if expert is not None:
+                                              compare=None if own else expert))})
+    if expert is not None and (best is None or best.spec != expert):
         final = outcome.finals.get(EXPERT)
         same = [t.evaluation.cost for t in outcome.trials if t.spec == expert and t.evaluation]
         costs = [*([final.cost] if final is not None else []), *same]
@@ -345,7 +354,7 @@ def _tokens(outcome: Outcome) -> float | None:
     usage = outcome.usage
     if "total_tokens" in usage:
         return usage["total_tokens"]
-    parts = [v for k, v in usage.items() if k in ("input_tokens", "output_tokens")]
+    parts = [v for k, v in usage.items() if "token" in k]
     return sum(parts) if parts else None
 
 

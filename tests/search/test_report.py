@@ -205,6 +205,21 @@ def test_other_final_runs() -> None:
     assert "The expert’s encoder" not in render_report(unknown)
 
 
+def test_the_expert_wins() -> None:
+    outcome = make_outcome(failed=0, rejected=0)
+    first = outcome.ranked()[0]
+    won = replace(first, proposal=replace(first.proposal, designer="expert"))
+    outcome = replace(outcome, trials=tuple(won if t is first else t for t in outcome.trials), config={},
+                      finals={**outcome.finals, EXPERT: outcome.finals[WINNER]})
+    assert headline(outcome).startswith("The best of 8 encoders is the expert’s own; it reaches a mean score of")
+    assert "above the expert" not in headline(outcome)
+    text = plain(render_report(outcome))
+    assert "Best encoder: the expert’s own" in text
+    assert "winner − expert" not in text
+    steps = sum(t.evaluation.cost.env_steps for t in outcome.trials if t.evaluation)
+    assert f"{steps + 40_320 + 320:,}" in text
+
+
 def test_no_noop_action_means_random_actions() -> None:
     outcome = make_outcome()
     outcome = replace(outcome, card=replace(outcome.card, noop=None))
