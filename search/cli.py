@@ -13,7 +13,7 @@ from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 from rich.console import Console
@@ -37,8 +37,8 @@ EXAMPLES = {
 }
 
 
-class _HelpFormatter(RawDescriptionHelpFormatter):
-    def __init__(self, prog: str) -> None:
+class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    def __init__(self, prog: str, **kwargs: Any) -> None:
         super().__init__(prog, max_help_position=34, width=min(120, shutil.get_terminal_size().columns))
 
     def _get_help_string(self, action: Any) -> str:
@@ -100,7 +100,8 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parser() -> _Parser:
-    parser = _Parser(prog="lacer", description="Search for the state encoder of a multi-source RL agent.")
+    parser = _Parser(prog="lacer", usage="lacer COMMAND [options]", formatter_class=_HelpFormatter,
+                     description="Search for the state encoder of a multi-source RL agent.")
     commands = parser.add_subcommands(required=True, dest="command")
 
     def command(name: str, text: str) -> _Parser:
@@ -271,3 +272,7 @@ def _designers(_: Namespace) -> None:
     from lacer.search.designers.base import designers
 
     _list({name: cls.summary() + (" (needs an LLM)" if cls.needs_llm else "") for name, cls in designers().items()})
+
+
+if __name__ == "__main__":
+    main()

@@ -40,7 +40,7 @@ class Display:
         self._overall = self._bars.add_task("search", total=self.total, note="")
         self._tasks: dict[str, TaskID] = {}
         self._done = 0  # steps of finished runs
-        self._running: dict[str, tuple[int, float]] = {}  # steps so far, steps/s
+        self._running: dict[str, int] = {}  # steps so far
         self._start, self._first = time.monotonic(), 0
         self._headline = ""
         self._live = Live(self._view(), console=self.console, refresh_per_second=4, transient=True)
@@ -72,7 +72,7 @@ class Display:
 
     def progress(self, key: str, p: Mapping[str, Any]) -> None:
         """News of a run."""
-        self._running[key] = (int(p["steps"]), float(p["steps_per_second"]))
+        self._running[key] = int(p["steps"])
         if key in self._tasks:
             value = "" if p.get("return") is None else f", return {p['return']:.2f}"
             self._bars.update(self._tasks[key], completed=p["steps"], note=f"{p['steps_per_second']:.0f} steps/s{value}")
@@ -90,14 +90,13 @@ class Display:
         self._refresh()
 
     def _note(self) -> str:
-        now = self._done + sum(s for s, _ in self._running.values())
+        now = self._done + sum(self._running.values())
         elapsed, fresh = time.monotonic() - self._start, now - self._first
-        rate = sum(r for _, r in self._running.values())
         left = f", about {clock(elapsed / fresh * max(0, self.total - now))} left" if fresh > 0 else ""
-        return f"{clock(elapsed)} gone{left}, {rate:.0f} steps/s"
+        return f"{clock(elapsed)} gone{left}, {fresh / elapsed:.0f} steps/s"
 
     def _refresh(self) -> None:
-        now = self._done + sum(s for s, _ in self._running.values())
+        now = self._done + sum(self._running.values())
         self._bars.update(self._overall, completed=min(now, self.total), note=self._note())
         if self.live_mode:
             self._live.update(self._view())

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import optuna
 from optuna.distributions import CategoricalDistribution
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from pydantic import ValidationError
 
@@ -75,7 +76,7 @@ class Study:
     was running is running again after a resume, a finished one is there once.
 
     Args:
-        storage: Optuna storage URL, e.g. ``sqlite:///runs/x/study.db``.
+        storage: Optuna storage or its URL, e.g. ``sqlite:///runs/x/study.db``.
         name: Optuna study name.
         space: the search space.
         create: False opens an existing study only.
@@ -84,7 +85,7 @@ class Study:
         LacerError: if the study cannot be opened or created.
     """
 
-    def __init__(self, storage: str, name: str, space: EncoderSpace, *, create: bool = True) -> None:
+    def __init__(self, storage: str | BaseStorage, name: str, space: EncoderSpace, *, create: bool = True) -> None:
         self.space = space
         self.card: TaskCard = space.card
         self._distributions = {d.name: CategoricalDistribution(d.options) for d in space.decisions}

@@ -1,0 +1,59 @@
+"""A tiny configuration of a search, and the command line as a process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+TINY: dict[str, Any] = {
+    "env": "lacer/KnownSources-v0",
+    "env_kwargs": {"sources": ["position", "words", "noise"]},
+    "designer": "evolution", "candidates": 5, "text_model": "hash", "workers": 2,
+    "protocol": {"steps": 512, "eval_episodes": 4, "ppo": {"n_envs": 4, "n_steps": 64, "gamma": 0.5}},
+    "final_steps": 512, "final_episodes": 4,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """YAML file of a search that takes seconds."""
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    return path
+
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture(scope="session")
+def start() -> Start:
+    """Starts ``lacer ARGS`` as a process of its own group."""
+    def start(*args: object, cwd: Path | None = None, **env: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "lacer.search.cli", *map(str, args)], stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, cwd=cwd, start_new_session=True,
+            env={**{k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "OPENAI_", "ANTHROPIC_"))},
+                 "COLUMNS": "160", **env})
+
+    return start
+
+
+Lacer = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def lacer(start: Start) -> Lacer:
+    """Runs ``lacer ARGS`` to its end."""
+    def run(*args: object, timeout: float = 120, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+        process = start(*args, **kwargs)
+        out, err = process.communicate(timeout=timeout)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    return run
