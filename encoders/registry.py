@@ -9,10 +9,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
+from lacer.envs import LacerError, UnknownNameError, did_you_mean
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
-
-from lacer.envs import LacerError, UnknownNameError, did_you_mean
 
 FUSION = "fusion"
 
@@ -35,13 +34,13 @@ def choice(default: Any, options: Sequence[Any], description: str) -> Any:
     """A hyper-parameter of a block: its default, the options that a search may take, and what it does."""
     if default not in options:
         raise ValueError(f"default {default!r} is not among {options}")
-    extra = {"choices": list(options)}
-    if isinstance(default, bool) or not isinstance(default, int | float):
-        return Field(default, description=description, json_schema_extra=extra)
-    # A space may be widened in YAML, within reason: a typing slip must not ask for a terabyte.
-    low = min(options) / 16
-    return Field(default, description=description, json_schema_extra=extra,
-                 ge=math.ceil(low) if isinstance(default, int) else low, le=16 * max(options))
+    field: dict[str, Any] = {"default": default, "description": description,
+                             "json_schema_extra": {"choices": list(options)}}
+    if isinstance(default, int | float) and not isinstance(default, bool):
+        # A space may be widened in YAML, within reason: a typing slip must not ask for a terabyte.
+        low = min(options) / 16
+        field |= {"ge": math.ceil(low) if isinstance(default, int) else low, "le": 16 * max(options)}
+    return Field(**field)
 
 
 class BlockConfig(BaseModel):
@@ -68,11 +67,13 @@ class BlockConfig(BaseModel):
     @classmethod
     def choices(cls) -> dict[str, list[Any]]:
         """Searchable fields with their options, in order."""
-        return {
-            name: list(f.json_schema_extra["choices"])
-            for name, f in cls.model_fields.items()
-            if isinstance(f.json_schema_extra, dict) and isinstance(f.json_schema_extra.get("choices"), list)
-        }
+        out: dict[str, list[Any]] = {}
+        for name, field in cls.model_fields.items():
+            extra = field.json_schema_extra
+            options = extra.get("choices") if isinstance(extra, dict) else None
+            if isinstance(options, list):
+                out[name] = list(options)
+        return out
 
     @classmethod
     def summary(cls) -> str:
@@ -95,12 +96,12 @@ class FusionConfig(BlockConfig):
         raise NotImplementedError
 
 
-C = TypeVar("C", bound=type[BlockConfig])
+C = TypeVar("C", bound=BlockConfig)
 _BLOCKS: dict[tuple[str, str], type[BlockConfig]] = {}
 _loaded = False
 
 
-def register_block(cls: C) -> C:
+def register_block(cls: type[C]) -> type[C]:
     """Class decorator: registers a block config under (``modality``, default of ``block``).
 
     A name that is taken is overwritten with a warning that names both origins.
@@ -117,7 +118,7 @@ def register_block(cls: C) -> C:
     return cls
 
 
-def blocks(modality: str | None = None) -> dict[tuple[str, str], type[BlockConfig]]:
+def list_blocks(modality: str | None = None) -> dict[tuple[str, str], type[BlockConfig]]:
     """Registered blocks, of one modality or of all, sorted by (modality, name)."""
     global _loaded
     if not _loaded:
@@ -137,8 +138,8 @@ def parse_block(modality: str, data: Any, where: str) -> BlockConfig:
     if isinstance(data, BlockConfig):
         data = data.model_dump()
     if not isinstance(data, dict):
-        raise LacerError(f"{where}: expected an object such as {{\"block\": \"...\"}}, got {str(data)[:80]!r}")
-    known = {name: cls for (_, name), cls in blocks(modality).items()}
+        raise LacerError(f"{where}: expected an object such as {{\"block\": \"...\"}}, got {_shown(data)}")
+    known = {name: cls for (_, name), cls in list_blocks(modality).items()}
     name = data.get("block")
     if not isinstance(name, str):
         raise LacerError(f"{where}: needs a \"block\", one of: {', '.join(known)}")
@@ -155,4 +156,12 @@ def parse_block(modality: str, data: Any, where: str) -> BlockConfig:
     except ValidationError as e:
         first = e.errors()[0]
         raise LacerError(f"{where}.{'.'.join(map(str, first['loc']))}: {first['msg']} "
-                         f"(got {str(first['input'])[:80]!r})") from None
+                         f"(got {_shown(first['input'])})") from None
+
+
+def _shown(value: Any) -> str:
+    """A value for an error message, cut short; some cannot be printed (5,000 digits, lists in lists)."""
+    try:
+        return repr(str(value)[:80])
+    except (ValueError, RecursionError):
+        return f"{type(value).__name__} too large to show"

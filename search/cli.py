@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+from lacer.envs import LacerError, did_you_mean, list_envs
+from lacer.search.config import SearchConfig, load_yaml, validate
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 from rich.console import Console
-
-from lacer.envs import LacerError, did_you_mean, list_envs
-from lacer.search.config import SearchConfig, load_yaml, validate
 
 EXAMPLES = {
     "search": """examples:
@@ -263,9 +262,9 @@ def _envs(_: Namespace) -> None:
 
 
 def _blocks(_: Namespace) -> None:
-    from lacer.encoders import blocks
+    from lacer.encoders import list_blocks
 
-    _list({f"{modality}:{name}": cls.summary() for (modality, name), cls in blocks().items()})
+    _list({f"{modality}:{name}": cls.summary() for (modality, name), cls in list_blocks().items()})
 
 
 def _designers(_: Namespace) -> None:

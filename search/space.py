@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-
-from lacer.encoders import FUSION, EncoderSpec, blocks, parse_block
+from lacer.encoders import FUSION, EncoderSpec, list_blocks, parse_block
 from lacer.encoders.registry import FusionConfig
 from lacer.envs import LacerError, TaskCard, did_you_mean
 
@@ -243,7 +242,7 @@ class EncoderSpace(SearchSpace):
         decisions: list[Decision] = []
         names: list[str] = []
         for part, modality in parts:
-            known = {name: cls for (_, name), cls in blocks(modality).items()}
+            known = {name: cls for (_, name), cls in list_blocks(modality).items()}
             names += [f"{part}.block"] + [f"{part}.{b}.{f}" for b, cls in known.items() for f in cls.choices()]
             spare = [UNUSED] if optional_sources and part != FUSION and len(card.sources) > 1 else []
             chosen = options(f"{part}.block", [*known, *spare])

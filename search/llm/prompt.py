@@ -14,10 +14,9 @@ from typing import Any
 
 import jinja2
 import numpy as np
-
 from lacer.agents import Evaluation
 from lacer.agents.probes import MEANING
-from lacer.encoders import FUSION, EncoderSpec, blocks
+from lacer.encoders import FUSION, EncoderSpec, list_blocks
 from lacer.search.llm.reply import clean
 from lacer.search.space import UNUSED, EncoderSpace
 from lacer.search.study import Study, Trial
@@ -94,7 +93,7 @@ def describe_space(space: EncoderSpace) -> list[dict[str, Any]]:
     out: list[dict[str, Any]] = []
     told: dict[tuple[str, str], str] = {}
     for name, modality in [*((n, s.modality) for n, s in space.card.sources.items()), (FUSION, FUSION)]:
-        known = {b: cls for (_, b), cls in blocks(modality).items()}
+        known = {b: cls for (_, b), cls in list_blocks(modality).items()}
         options = space.by_name[f"{name}.block"].options
         described = []
         for block in options:
@@ -120,7 +119,7 @@ def _layout(modality: str, shape: tuple[int, ...]) -> str:
         "series": lambda: f"series of {shape[0]} steps, oldest first, with {shape[1]} features",
         "image": lambda: f"image, {shape[0]} x {shape[1]} pixels, {shape[2]} channels",
         "text": lambda: "text, a sentence or a few",
-        "set": lambda: f"set of up to {shape[0]} elements with {shape[1] - 1} features, without an order",
+        "set": lambda: f"set of up to {shape[0]} elements with {shape[1]} features, the first 1 if present",
     }[modality]()
 
 

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from optuna.storages import InMemoryStorage
-
 from lacer.agents import Evaluation
 from lacer.envs import LacerError, task_card
 from lacer.search.designers.base import Designer, designer_class, designers
 from lacer.search.designers.evolution import Evolution
 from lacer.search.space import EncoderSpace, Point
 from lacer.search.study import Proposal, Study, sqlite_url
+from optuna.storages import InMemoryStorage
 
 PLAIN = [name for name, cls in designers().items() if not cls.needs_llm]
 CARD = task_card("lacer/KnownSources-v0")

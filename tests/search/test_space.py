@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
-from lacer.encoders import blocks
+from lacer.encoders import list_blocks
 from lacer.envs import LacerError, task_card
 from lacer.search.space import UNUSED, Decision, EncoderSpace, SearchSpace
 
@@ -52,7 +51,7 @@ def test_random_points_round_trip_and_stay_valid() -> None:
         assert all(v in (point.get(k), previous.get(k)) for k, v in child.items())
         previous = point
         seen_blocks |= {(CARD.sources[n].modality, b.block) for n, b in spec.sources.items()}
-    assert seen_blocks == {k for k in blocks() if k[0] != "fusion"}
+    assert seen_blocks == {k for k in list_blocks() if k[0] != "fusion"}
 
 
 def test_neighbours_differ_in_one_decision() -> None:
