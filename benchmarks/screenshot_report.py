@@ -45,7 +45,7 @@ def screenshot(page: Path, out: Path, width: int = 1280, dark: bool = False, hei
         # high the page is, which the page's own content security policy would not let run.
         text = page.read_text(encoding="utf-8")
         if page.suffix == ".svg":
-            text = f'<meta name="color-scheme" content="light dark"><body style="margin:16px">{text}'
+            text = f'<!doctype html><meta name="color-scheme" content="light dark"><body style="margin:16px">{text}'
         text = re.sub(r"<meta http-equiv=\"Content-Security-Policy\"[^>]*>", "", text)
         copy, frame = Path(folder, "page.html"), Path(folder, "frame.html")
         copy.write_text(text + "<script>addEventListener('load', () => parent.postMessage("

@@ -15,8 +15,6 @@ from typing import Any
 import jinja2
 import numpy as np
 import yaml
-from markupsafe import Markup, escape
-
 from lacer.agents import Evaluation
 from lacer.agents.probes import MEANING
 from lacer.encoders import EncoderSpec
@@ -40,6 +38,7 @@ from lacer.search.drawing import (
 )
 from lacer.search.outcome import EXPERT, NOOP, WINNER, Outcome, paired_difference
 from lacer.search.study import Trial
+from markupsafe import Markup, escape
 
 _CLASSES = {NOOP: "noop", EXPERT: "expert", WINNER: "winner"}
 _INTERVAL = re.compile(r"\[[−\d.,e+ ]+\]")
@@ -242,7 +241,8 @@ def _encoders(outcome: Outcome, best: Trial | None, expert: EncoderSpec | None) 
         final = outcome.finals.get(WINNER)
         cost = final.cost if final is not None and final.cost.parameters_by_module else best.evaluation.cost
         own = best.spec == expert
-        out.append({"title": "Best encoder: the expert’s own" if own else "Best encoder", "cls": "winner", "parameters": cost.parameters, "hash": best.spec.hash,
+        out.append({"title": "Best encoder: the expert’s own" if own else "Best encoder", "cls": "winner",
+                    "parameters": cost.parameters, "hash": best.spec.hash,
                     "note": f"candidate {best.number}, proposed by {best.proposal.designer}",
                     "svg": Markup(encoder_svg(best.spec, outcome.card, parameters=cost.parameters_by_module,
                                               compare=None if own else expert))})
