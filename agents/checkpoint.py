@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-
 from lacer.agents.evaluation import Evaluation, RunRequest
 from lacer.agents.policy import CompositePolicy, policy_kwargs
 from lacer.agents.vec import encode_batch, encoder_space
 from lacer.encoders import EncoderSpec, TextTable
 from lacer.envs import LacerError, TaskCard, task_card
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 FORMAT = 1
 
@@ -95,8 +94,8 @@ def load(folder: str | Path, env_kwargs: Mapping[str, Any] | None = None) -> Age
         raise LacerError(f"{folder / 'agent.json'} is not complete: {str(e)[:300]}") from None
     card = task_card(request.env, **{**request.env_kwargs, **(env_kwargs or {})})
     if _layout(card) != layout:
-        raise LacerError(f"{folder} was trained for {request.env} with {json.dumps(layout)}, but the environment now has "
-                         f"{json.dumps(_layout(card))}")
+        raise LacerError(f"{folder} was trained for {request.env} with {json.dumps(layout)}, but the environment now "
+                         f"has {json.dumps(_layout(card))}")
     spec = EncoderSpec.load(folder / "encoder.json", card)
     table = TextTable(request.text_model, strings)
     ppo = request.protocol.ppo
@@ -106,12 +105,11 @@ def load(folder: str | Path, env_kwargs: Mapping[str, Any] | None = None) -> Age
         state = load_file(folder / "policy.safetensors")
     except (OSError, SafetensorError) as e:
         raise LacerError(f"cannot read {folder / 'policy.safetensors'}: {e}") from None
-    shared = {f"{side}_{k}": v for side in ("pi", "vf") for k, v in state.items() if k.startswith("features_extractor.")}
+    extractor = {k: v for k, v in state.items() if k.startswith("features_extractor.")}
+    shared = {f"{side}_{k}": v for side in ("pi", "vf") for k, v in extractor.items()}
     try:
         policy.load_state_dict({**state, **shared})
     except RuntimeError as e:
         raise LacerError(f"{folder}: the weights do not fit the encoder: {str(e)[:300]}") from None
     policy.set_training_mode(False)
     return Agent(policy, spec, card, table, request, evaluation)
-
-

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import platform
 import time
+import traceback
 from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
 import numpy as np
 import torch
-from gymnasium import spaces
-from scipy import stats
-from stable_baselines3 import PPO
-from stable_baselines3.common.callbacks import BaseCallback
-
 from lacer.agents.checkpoint import save_agent
 from lacer.agents.evaluation import Cost, Evaluation, Protocol, RunRequest
 from lacer.agents.policy import CompositeExtractor, CompositePolicy, policy_kwargs
@@ -23,6 +19,9 @@ from lacer.agents.vec import EncoderVecEnv
 from lacer.encoders import EncoderSpec, TextTable
 from lacer.envs import LacerError, TaskCard, task_card
 from lacer.envs.vec import StartMethod, make_vec
+from scipy import stats
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -108,9 +107,12 @@ def run(request: RunRequest, report: Report = lambda _: None, *, start_method: S
         result = _run(request, card, spec, table, report, start_method)
     except Diverged as e:
         result = Evaluation.failure(f"diverged: {e}", request.seed)
-    except (MemoryError, RuntimeError, OSError, EOFError, ValueError, ArithmeticError) as e:
-        # SB3 and torch raise ValueError for a NaN action distribution; EOFError and OSError mean that an environment's
-        # process died. All of them are results of this candidate, not of the search.
+    except (EOFError, ConnectionError):
+        result = Evaluation.failure("an environment's process died; its error is in the log", request.seed)
+    except LacerError:
+        raise
+    except Exception as e:  # whatever it is, it is the result of this candidate, not the end of the search
+        traceback.print_exc()
         result = Evaluation.failure(f"{type(e).__name__}: {e}", request.seed)
     result.cost.total_seconds = time.monotonic() - begin
     result.versions = versions()
@@ -147,11 +149,12 @@ def _run(request: RunRequest, card: TaskCard, spec: EncoderSpec | None, table: T
                         start_method)
     cost.env_steps += len(episodes.rows["reward"])
     cost.eval_seconds = time.monotonic() - start
+    objective = float(np.mean(episodes.metrics[card.objective.metric]))
     result = Evaluation(
-        objective=float(np.mean(episodes.metrics[card.objective.metric])), mean_return=float(np.mean(episodes.returns)),
+        objective=objective, mean_return=float(np.mean(episodes.returns)),
         returns=episodes.returns, metrics=episodes.metrics, episode_seeds=episodes.seeds, curve=curve, cost=cost,
         seed=request.seed)
-    if not np.isfinite([*episodes.returns, result.objective]).all():
+    if not np.isfinite([*episodes.returns, objective]).all():
         return Evaluation.failure("the evaluation's return or metric is not finite", request.seed, cost=cost)
     if model is not None:
         start = time.monotonic()
@@ -193,12 +196,10 @@ def evaluate(model: Any, card: TaskCard, table: TextTable, env_id: str, env_kwar
     n = min(protocol.ppo.n_envs, len(seeds))
     env = EncoderVecEnv(make_vec(env_id, n, env_kwargs, episode_seeds=seeds, start_method=start_method), card, table)
     left = [len(seeds[i::n]) for i in range(n)]
-    rng = np.random.default_rng(protocol.eval_seed)
     out = Episodes()
     by_seed: dict[int, tuple[float, dict[str, float]]] = {}
     total = np.zeros(n)
-    if isinstance(card.action_space, spaces.Discrete | spaces.MultiDiscrete):
-        card.action_space.seed(protocol.eval_seed)
+    card.action_space.seed(protocol.eval_seed)
     try:
         obs = env.reset()
         infos: list[dict[str, Any]] = [dict(i) for i in env.venv.reset_infos]
@@ -207,13 +208,10 @@ def evaluate(model: Any, card: TaskCard, table: TextTable, env_id: str, env_kwar
                 action, _ = model.predict(obs, deterministic=True)
             elif card.noop is not None:
                 action = np.stack([card.noop] * n)
-            elif isinstance(card.action_space, spaces.Box):
-                action = rng.uniform(np.maximum(card.action_space.low, -1), np.minimum(card.action_space.high, 1),
-                                     (n, *card.action_space.shape)).astype(card.action_space.dtype)
             else:
                 action = np.stack([card.action_space.sample() for _ in range(n)])
             before, known = obs, infos
-            obs, reward, done, infos = env.step(action)
+            obs, reward, done, infos = env.step(action)  # type: ignore[assignment]
             total += reward
             for i in range(n):
                 if not left[i]:

@@ -25,8 +25,8 @@ def effective_rank(features: np.ndarray) -> float:
     Returns:
         A number in (0, 1]; 0 if all rows are equal. Features are centred first, so a constant has rank 0.
     """
-    centred = features - features.mean(0)
-    s = np.linalg.svd(centred.astype(np.float64), compute_uv=False)
+    features = features.astype(np.float64)  # the mean of equal float32 numbers is not quite that number
+    s = np.linalg.svd(features - features.mean(0), compute_uv=False)
     if s.sum() <= 1e-9 * max(1.0, float(np.abs(features).max())):
         return 0.0
     p = s / s.sum()

@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
-
 from lacer.encoders import TextTable
 from lacer.envs import TaskCard
 from lacer.envs.vec import decode_text
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 
 def encoder_space(card: TaskCard) -> spaces.Dict:
@@ -50,7 +49,7 @@ class EncoderVecEnv(VecEnvWrapper):
         super().__init__(venv, observation_space=encoder_space(card))
         self.card, self.table = card, table
 
-    def reset(self) -> dict[str, np.ndarray]:  # type: ignore[override]
+    def reset(self) -> dict[str, np.ndarray]:
         obs = self.venv.reset()
         assert isinstance(obs, dict)
         return encode_batch(obs, self.card, self.table)

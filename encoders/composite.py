@@ -8,12 +8,11 @@ from typing import cast
 import numpy as np
 import torch
 from gymnasium import spaces
-from torch import Tensor, nn
-
 from lacer.encoders.registry import Features
 from lacer.encoders.spec import EncoderSpec
 from lacer.encoders.text import TextTable
 from lacer.envs import LacerError, SourceSpec, TaskCard
+from torch import Tensor, nn
 
 
 class CompositeEncoder(nn.Module):
@@ -120,7 +119,7 @@ class InputScale(nn.Module):
         if not self.all_bounded:
             scaled = torch.where(self.bounded, scaled, x.sign() * x.abs().log1p())
         if self.modality == "set":
-            scaled = scaled * (x[..., :1] > 0.5)
+            scaled = scaled.masked_fill(~(x[..., :1] > 0.5), 0.0)  # not a product: padding may hold NaN
         return scaled
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
-
 from lacer.encoders.registry import Features
+from torch import Tensor, nn
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
 
@@ -72,4 +71,3 @@ def sinusoid(length: int, width: int) -> Tensor:
     out[:, 0::2] = torch.sin(position * scale)
     out[:, 1::2] = torch.cos(position * scale)[:, : width // 2]
     return out
-

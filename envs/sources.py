@@ -9,7 +9,6 @@ from typing import Literal, get_args
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-
 from lacer.envs.errors import LacerError
 
 Modality = Literal["vector", "series", "image", "text", "set"]

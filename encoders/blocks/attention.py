@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from torch import Tensor, nn
-
 from lacer.encoders.layers import SetInput, Transformer, masked_mean, sinusoid
 from lacer.encoders.registry import BlockConfig, Features, choice, register_block
 from lacer.envs import LacerError
+from torch import Tensor, nn
 
 
 class _AttentionFields(BlockConfig):
@@ -74,4 +73,3 @@ class _SetAttention(nn.Module):
         tokens, mask = self.inp(x)
         out = self.net(tokens, mask)
         return Features(masked_mean(out, mask), out, mask)
-

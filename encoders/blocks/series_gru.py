@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from torch import Tensor, nn
-
 from lacer.encoders.registry import BlockConfig, Features, choice, register_block
+from torch import Tensor, nn
 
 
 @register_block
