@@ -14,6 +14,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
+
 from lacer.agents import Evaluation
 from lacer.agents.probes import MEANING
 from lacer.encoders import FUSION, EncoderSpec, list_blocks

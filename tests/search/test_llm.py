@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from lacer.agents import Evaluation
 from lacer.agents.probes import MEANING
 from lacer.envs import LacerError, task_card
