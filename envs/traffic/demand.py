@@ -15,10 +15,11 @@ OrderKind = Literal["nothing", "speed_limit", "ramp_priority", "ramp_hold"]
 _MIN_HEADWAY = 0.8
 
 # Krauss (1998) drivers. The slow reaction (actionStepLength 1 s) is what makes a blocked lane costly; with an
-# immediate one an incident hardly matters. LC2013 (Erdmann 2014) changes lanes, with SUMO's default eagerness.
+# immediate one an incident hardly matters. LC2013 (Erdmann 2014) changes lanes; drivers who change less for speed
+# alone (lcSpeedGain below SUMO's 1) run into a blocked lane more often, so that telling them early pays.
 _DRIVER = (
     'carFollowModel="Krauss" accel="1.2" decel="3.5" tau="1.2" minGap="2.5" length="5" actionStepLength="1.0" '
-    'laneChangeModel="LC2013" maxSpeed="36" speedFactor="normc(1,0.05,0.85,1.15)"'
+    'laneChangeModel="LC2013" lcSpeedGain="0.3" maxSpeed="36" speedFactor="normc(1,0.05,0.85,1.15)"'
 )
 VEHICLE_TYPES = f'<vType id="human" {_DRIVER} sigma="0.5"/>\n<vType id="cav" {_DRIVER} sigma="0.3"/>\n'
 

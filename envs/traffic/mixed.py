@@ -41,10 +41,10 @@ SCENES: dict[str, dict[str, Any]] = {
     },
     "full": {
         "lanes": 3, "drop": "after", "in_length": 250.0, "segment_lengths": (350.0, 300.0, 350.0, 350.0),
-        "out_length": 300.0, "ramp_length": 250.0, "main_flow": (2400.0, 3300.0), "ramp_flow": (200.0, 600.0),
-        "step_length": 0.5, "warm_up": 100.0, "horizon": 300.0, "incident_probability": 0.8,
+        "out_length": 300.0, "ramp_length": 250.0, "main_flow": (2100.0, 2900.0), "ramp_flow": (200.0, 500.0),
+        "step_length": 1.0, "warm_up": 100.0, "horizon": 300.0, "incident_probability": 0.8,
         "incident_delay": (0.0, 60.0), "incident_segments": (3, 4), "incident_place": (0.1, 0.4),
-        "clear_segments": (1, 2), "news_weights": (0.4, 0.3, 0.3),
+        "clear_segments": (1, 2, 3), "news_weights": (0.4, 0.3, 0.3),
     },
 }
 """Defaults by scene. ``incident_delay`` is in seconds after the warm-up; segments count from 1."""
@@ -248,7 +248,10 @@ class MixedTrafficEnv(gym.Env):
     def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
         if self._sim is None or self._sim.sumo is None:
             raise LacerError("call reset() before step()")
-        a = np.asarray(action, np.float64)
+        try:
+            a = np.asarray(action, np.float64)
+        except (TypeError, ValueError):
+            a = np.zeros(0)
         if a.shape != self.action_space.shape or not np.isfinite(a).all():
             raise LacerError(f"action must be {self.action_space.shape} finite numbers, not {action!r}")
         a = np.clip(a, -1, 1)

@@ -1,0 +1,306 @@
+"""The mixed traffic environment, on real SUMO simulations."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+import lacer.envs
+from lacer.envs import LacerError
+from lacer.envs.traffic import network, text
+from lacer.envs.traffic.camera import BODY
+from lacer.envs.traffic.demand import Incident, Order, Trip
+from lacer.envs.traffic.mixed import SCENES, MixedTrafficEnv
+
+SHORT: dict[str, Any] = {"scene": "small", "warm_up": 50.0, "horizon": 60.0}
+
+
+def make(**kwargs: Any) -> MixedTrafficEnv:
+    env = lacer.envs.make("lacer/MixedTraffic-v0", **{**SHORT, **kwargs}).unwrapped
+    assert isinstance(env, MixedTrafficEnv)
+    return env
+
+
+@pytest.fixture
+def env() -> Iterator[MixedTrafficEnv]:
+    made = make()
+    yield made
+    made.close()
+
+
+def play(env: MixedTrafficEnv, seed: int, action: str = "random") -> tuple[int, list[float], dict[str, float]]:
+    """Checksum of all observations, rewards, metrics of one episode."""
+    rng = np.random.default_rng(seed)
+    obs, _ = env.reset(seed=seed)
+    seen, rewards, done = [obs], [], False
+    while not done:
+        a = rng.uniform(-1, 1, env.action_space.shape) if action == "random" else np.zeros(env.action_space.shape)
+        obs, reward, _, done, info = env.step(a)
+        seen.append(obs)
+        rewards.append(reward)
+    raw = b"".join(v.encode() if isinstance(v, str) else v.tobytes() for o in seen for v in o.values())
+    return zlib.crc32(raw), rewards, info["metrics"]
+
+
+def test_gymnasium_checks(env: MixedTrafficEnv) -> None:
+    check_env(env, skip_render_check=True)  # that check would hold two simulations at once
+
+
+@pytest.mark.parametrize("scene", sorted(SCENES))
+def test_all_sources_in_their_spaces_and_names_kept(scene: str) -> None:
+    env = make(scene=scene, horizon=40.0)
+    card = env.task_card
+    assert {n: s.modality for n, s in card.sources.items()} == {
+        "traffic": "vector", "history": "series", "sequence": "set", "camera": "image", "instruction": "text"}
+    obs, info = env.reset(seed=1)
+    assert list(obs) == list(card.sources)
+    assert set(env.observation_space.keys()) == set(obs)
+    infos, done = [info], False
+    while True:
+        for name, value in obs.items():
+            assert env.observation_space[name].contains(value), name
+        assert np.all(np.diff(obs["sequence"][:, 0]) <= 0), "present vehicles come first"
+        if done:
+            break
+        obs, reward, terminated, done, info = env.step(env.action_space.sample())
+        assert reward == pytest.approx(sum(info["reward_terms"].values()))
+        assert not terminated
+        infos.append(info)
+    for i in infos:
+        assert tuple(i["state"]) == card.state_names
+        assert all(isinstance(v, float) and np.isfinite(v) for v in i["state"].values())
+    assert "metrics" not in infos[-2]
+    metrics = infos[-1]["metrics"]
+    assert {card.objective.metric, "throughput", "hard_brakings", "collisions"} <= set(metrics)
+    assert 0 < metrics["average_speed"] < 30
+    assert np.array_equal(card.noop, np.zeros(env.action_space.shape))
+    env.close()
+
+
+def test_same_seed_same_episode_here_and_in_another_process(env: MixedTrafficEnv) -> None:
+    first, other, again = play(env, 5), play(env, 6), play(env, 5)
+    assert first == again
+    assert first != other
+    code = ("import importlib.util, sys; s = importlib.util.spec_from_file_location('t', sys.argv[1]); "
+            "t = importlib.util.module_from_spec(s); s.loader.exec_module(t); "
+            "e = t.make(); print(repr(t.play(e, 5))); e.close()")
+    out = subprocess.run([sys.executable, "-c", code, __file__], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == repr(first)
+
+
+def test_zero_action_is_no_control(env: MixedTrafficEnv) -> None:
+    env.reset(seed=3)
+    assert env._sim is not None
+    for _ in range(4):
+        env.step(np.zeros(env.action_space.shape))
+    acted = env._sim.snapshot()
+    env.reset(seed=3)
+    for _ in range(4):
+        env._sim.run(env.control_interval, None)
+    free = env._sim.snapshot()
+    assert acted.ids == free.ids
+    assert np.array_equal(acted.x, free.x)
+    assert np.array_equal(acted.speed, free.speed)
+
+
+def test_release_of_a_speed_cap(env: MixedTrafficEnv) -> None:
+    env.reset(seed=3)
+    assert env._sim is not None
+    slow = np.zeros(env.action_space.shape)
+    slow[: env.road.segments] = -1
+    env.step(slow)
+    s = env._seen
+    inside = s.cav & (s.edge >= 1) & (s.edge <= env.road.segments) & ~s.broken
+    assert s.speed[inside].mean() < 13
+    assert env._sim._caps
+    env.step(np.zeros(env.action_space.shape))
+    assert not env._sim._caps
+
+
+def test_actions_reach_the_vehicles() -> None:
+    env = make(incident_probability=0.0, cav_share=1.0, ramp_flow=(800, 800))
+    clear, hold = np.zeros(env.action_space.shape), np.zeros(env.action_space.shape)
+    lane = 1
+    clear[env.road.segments + lane] = 1.0
+    hold[-1] = 1.0
+    counts = {}
+    for name, a in (("none", np.zeros_like(clear)), ("clear", clear), ("hold", hold)):
+        env.reset(seed=4)
+        for _ in range(3):
+            env.step(a)
+        s = env._seen
+        counts[name] = (int(((s.edge == 2) & (s.lane == lane)).sum()), int((s.edge < 0).sum()))
+    assert counts["clear"][0] < counts["none"][0]
+    assert counts["hold"][1] > counts["none"][1]
+    assert env.command(clear).clear_lane == lane
+    assert env.command(0.29 * clear).clear_lane is None
+    env.close()
+
+
+def test_incident_is_seen_by_the_camera_and_told_by_the_text() -> None:
+    camera, told = make(news_weights=(0, 1, 0)), make(news_weights=(1, 0, 0))
+    obs, _ = camera.reset(seed=2)
+    for _ in range(3):
+        obs, _, _, _, info = camera.step(np.zeros(camera.action_space.shape))
+    incident = camera._episode.incident
+    assert incident is not None
+    assert info["state"]["incident_active"] == info["state"][f"incident_lane_{incident.lane}"] == 1.0
+    row, column = camera._camera.where(incident.stretch, incident.lane, incident.position)
+    assert obs["camera"][row, column - 2:column + 1, 0].max() == 255
+    assert (obs["camera"][..., 0] > BODY).sum() < 30, "nothing else is as bright"
+    assert "lane" not in obs["instruction"]
+    camera.close()
+    obs, _ = told.reset(seed=2)
+    for _ in range(3):
+        obs, *_ = told.step(np.zeros(told.action_space.shape))
+    incident = told._episode.incident
+    assert incident is not None
+    assert text.lane_name(incident.lane, told.road.lanes) in obs["instruction"]
+    assert obs["camera"].max() < 100, "fog"
+    told.close()
+
+
+def test_a_second_simulation_is_refused_and_close_gives_the_place_back(env: MixedTrafficEnv) -> None:
+    other = make()  # construction starts nothing
+    env.reset(seed=1)
+    with pytest.raises(LacerError, match="SubprocVecEnv"):
+        other.reset(seed=1)
+    env.step(np.zeros(env.action_space.shape))
+    env.close()
+    env.close()
+    with pytest.raises(LacerError, match="reset"):
+        env.step(np.zeros(env.action_space.shape))
+    other.reset(seed=1)
+    other.close()
+    env.reset(seed=1)
+
+
+def test_a_forgotten_environment_holds_nothing() -> None:
+    make().reset(seed=1)
+    env = make()
+    env.reset(seed=1)
+    env.close()
+
+
+def test_a_failed_simulation_is_reported_and_the_next_reset_works(env: MixedTrafficEnv) -> None:
+    env.reset(seed=1)
+    assert env._sim is not None
+    env._sim.sumo.close()
+    with pytest.raises(LacerError, match="reset"):
+        env.step(np.zeros(env.action_space.shape))
+    env.reset(seed=1)
+
+
+@pytest.mark.parametrize(("kwargs", "word"), [
+    ({"cav_share": 1.2}, "cav_share"), ({"lanes": 0}, "lanes"), ({"lanes": 2.5}, "lanes"),
+    ({"main_flow": (-1, 100)}, "main_flow"), ({"ramp_flow": (300, 100)}, "ramp_flow"), ({"main_flow": 5}, "main_flow"),
+    ({"step_length": 0.3}, "step_length"), ({"step_length": 0}, "step_length"),
+    ({"control_interval": 5}, "control_interval"), ({"horizon": 15}, "horizon"), ({"warm_up": -1}, "warm_up"),
+    ({"incident_probability": 2}, "incident_probability"), ({"detector_noise": -0.1}, "detector_noise"),
+    ({"history_length": 0}, "history_length"), ({"sequence_length": 0}, "sequence_length"),
+    ({"news_weights": (0, 0, 0)}, "news_weights"), ({"order_weights": (1, 1)}, "order_weights"),
+    ({"cav_share": float("nan")}, "cav_share"), ({"cav_share": "all"}, "cav_share"),
+    ({"scene": "smal"}, "did you mean 'small'"), ({"wordings": "test"}, "wordings"),
+    ({"lane": 3}, "lane"),
+])
+def test_impossible_arguments_are_named(kwargs: dict[str, Any], word: str) -> None:
+    with pytest.raises(LacerError, match=word):
+        make(**kwargs)
+
+
+def test_human_rendering_is_refused() -> None:
+    with pytest.raises(LacerError, match="rgb_array"):
+        MixedTrafficEnv(render_mode="human")
+
+
+@pytest.mark.parametrize("action", [np.zeros(3), np.full(7, np.nan), np.full(7, np.inf), "left"])
+def test_impossible_actions_are_refused(env: MixedTrafficEnv, action: Any) -> None:
+    env.reset(seed=1)
+    with pytest.raises(LacerError, match="finite numbers"):
+        env.step(action)
+
+
+@pytest.mark.parametrize("lanes", [2, 4])
+def test_other_numbers_of_lanes(lanes: int) -> None:
+    env = make(lanes=lanes, horizon=20.0)
+    play(env, 1)
+    env.close()
+
+
+def test_held_out_wordings_are_disjoint_and_all_messages_fit() -> None:
+    road = make().road
+    said: dict[str, set[str]] = {}
+    space = make().observation_space["instruction"]
+    for name in text.WORDINGS:
+        said[name] = {
+            text.message(road, name, pick, incident, order)  # type: ignore[arg-type]
+            for pick in np.linspace(0, 0.999, 20)
+            for incident in [None, *(Incident(k, 3, 50.0, 0.0, 1.0) for k in range(road.lanes))]
+            for order in [*map(Order, ("nothing", "ramp_hold", "ramp_priority")), Order("speed_limit", 1, 60 / 3.6)]
+        }
+        assert all(space.contains(m) and "{" not in m for m in said[name])
+    assert not said["train"] & said["held_out"]
+    for kind in text.WORDINGS["train"]:
+        assert not set(text.WORDINGS["train"][kind]) & set(text.WORDINGS["held_out"][kind])
+    env = make(wordings="held_out", horizon=10.0)
+    obs, _ = env.reset(seed=1)
+    assert obs["instruction"] not in said["train"]
+    env.close()
+
+
+def test_routes_are_sorted_by_departure(env: MixedTrafficEnv, tmp_path: Path) -> None:
+    env.reset(seed=1)
+    trips = env._episode.trips
+    assert all(isinstance(t, Trip) for t in trips)
+    assert [t.depart for t in trips] == sorted(t.depart for t in trips)
+    assert {t.ramp for t in trips} == {True, False}
+
+
+def test_render(env: MixedTrafficEnv) -> None:
+    shown = make(render_mode="rgb_array")
+    with pytest.raises(LacerError, match="reset"):
+        shown.render()
+    shown.reset(seed=1)
+    picture = shown.render()
+    assert picture is not None
+    assert picture.dtype == np.uint8
+    assert picture.ndim == 3
+    assert picture.shape[2] == 3
+    assert picture.std() > 10
+    shown.close()
+
+
+def test_network_is_cached_once_and_falls_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    road = network.Motorway(2, "after", 50.0, (60.0, 60.0, 60.0), 50.0, 60.0)
+    monkeypatch.setenv("LACER_CACHE", str(tmp_path))
+    first = road.build()
+    stamp = first.stat().st_mtime_ns
+    assert road.build() == first
+    assert first.stat().st_mtime_ns == stamp
+    assert [p.name for p in first.parent.iterdir()] == [first.name], "nothing left behind"
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("LACER_CACHE", str(blocked))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert (tmp_path / "xdg") in road.build().parents
+
+
+def test_missing_sumo_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = make()
+    monkeypatch.setitem(sys.modules, "sumo", None)
+    with pytest.raises(LacerError, match="pip install eclipse-sumo libsumo"):
+        env.reset(seed=1)
+
+
+def test_one_per_process_is_announced() -> None:
+    assert MixedTrafficEnv.metadata["one_per_process"] is True
+    assert gym.spec("lacer/MixedTraffic-v0").entry_point == "lacer.envs.traffic.mixed:MixedTrafficEnv"
