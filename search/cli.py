@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
-from lacer.envs import LacerError, did_you_mean, list_envs
-from lacer.search.config import SearchConfig, load_yaml, validate
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 from rich.console import Console
+
+from lacer.envs import LacerError, did_you_mean, list_envs
+from lacer.search.config import SearchConfig, load_yaml, validate
 
 EXAMPLES = {
     "search": """examples:
@@ -110,7 +111,7 @@ def _parser() -> _Parser:
         return p
 
     p = command("search", "search an encoder, train the winner, write a report")
-    p.add_argument("--config", default=None, metavar="FILE", help="YAML file or preset (quick, full); options override it")
+    p.add_argument("--config", default=None, metavar="FILE", help="YAML file or preset (quick, full); options win over it")
     p.add_argument("--resume", default=None, metavar="RUN", help="go on with a run folder")
     p.add_argument("--out", default=None, metavar="FOLDER", help="run folder (default: runs/<date-time-env-designer>)")
     p.add_argument("--quiet", action="store_true", help="print nothing but the result")
@@ -246,7 +247,7 @@ def _evaluate(a: Namespace) -> None:
                                       for k, v in stats.items()}}))
         return
     unit = {agent.card.objective.metric: agent.card.objective.unit}
-    print(f"{r.env}, {a.episodes} episodes from seed {a.seed}: mean, interquartile mean, 95 % bootstrap interval of the mean")
+    print(f"{r.env}, {a.episodes} episodes from seed {a.seed}: mean, interquartile mean, 95 % bootstrap interval")
     for k, (mean, iqm, low, high) in stats.items():
         print(f"  {k:24} {mean:10.3f} {iqm:10.3f}  [{low:.3f}, {high:.3f}] {unit.get(k, '')}")
 

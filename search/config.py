@@ -12,7 +12,6 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lacer.agents.evaluation import Protocol
-
 from lacer.envs import LacerError, TaskCard, did_you_mean
 
 if TYPE_CHECKING:
@@ -52,8 +51,8 @@ class SearchConfig(BaseModel):
     wandb_project: str = Field("lacer", description="Weights & Biases project")
 
 
-RESUMABLE = {"candidates", "workers", "timeout", "llm", "llm_base_url", "llm_temperature", "llm_timeout", "batch", "wandb",
-             "wandb_project"}
+RESUMABLE = {"candidates", "workers", "timeout", "llm", "llm_base_url", "llm_temperature", "llm_timeout", "batch",
+             "wandb", "wandb_project"}
 """Fields that may be changed when a search is resumed; results before and after stay comparable."""
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from gymnasium import spaces
+
 from lacer.encoders import FUSION, BlockConfig, EncoderSpec
 from lacer.envs import SourceSpec, TaskCard
 

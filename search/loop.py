@@ -178,8 +178,8 @@ def _search(config: SearchConfig, folder: Path | None, quiet: bool, fresh: bool)
         name = checked.card.env_id.split("/")[-1].split(":")[-1]
         folder = Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{name}-{checked.designer}"
     if fresh and folder.exists():
-        raise LacerError(f"{folder} exists already. To go on with it: lacer search --resume {shlex.quote(str(folder))}. "
-                         "To start anew: choose another folder with --out.")
+        raise LacerError(f"{folder} exists already. To go on with it: lacer search --resume "
+                         f"{shlex.quote(str(folder))}. To start anew: choose another folder with --out.")
     designer = make_designer(checked, folder)
     try:
         folder.mkdir(parents=True, exist_ok=not fresh)
@@ -325,7 +325,8 @@ class _Driver:
                 trial = self._record(proposal)
                 if trial.status == "rejected":
                     rejected_in_a_row += 1
-                    self.display.say(f"        #{trial.number} rejected ({trial.proposal.designer}): {trial.reason[:160]}")
+                    self.display.say(f"        #{trial.number} rejected ({trial.proposal.designer}): "
+                                     f"{trial.reason[:160]}")
                 else:
                     rejected_in_a_row = 0
                     pending.append(trial)
@@ -355,7 +356,8 @@ class _Driver:
         pool.submit(key, self._request(trial.spec, self.config.protocol, self.config.seed))
         self.display.started(key, f"{key} {trial.spec.short()}", self.config.protocol.steps)
 
-    def _request(self, spec: EncoderSpec | None, protocol: Protocol, seed: int, save_to: Path | None = None) -> RunRequest:
+    def _request(self, spec: EncoderSpec | None, protocol: Protocol, seed: int,
+                 save_to: Path | None = None) -> RunRequest:
         c = self.config
         return RunRequest(env=c.env, env_kwargs=c.env_kwargs, eval_env_kwargs=c.eval_env_kwargs,
                           encoder=None if spec is None else spec.to_dict(), protocol=protocol, seed=seed,
@@ -368,8 +370,9 @@ class _Driver:
         done = sum(t.status in ("ok", "failed") for t in self.study.trials)
         o = self.card.objective
         self.display.ended(key, self.config.protocol.steps, result_line(trial, self.card, self.config.candidates, done))
+        name = o.metric.replace("_", " ")
         self.display.headline(f"candidate {done} of {self.config.candidates} done" + (
-            f", best {o.metric.replace('_', ' ')} so far {best.objective:.3f} {o.unit} (#{best.number})" if best else ""))
+            f", best {name} so far {best.objective:.3f} {o.unit} (#{best.number})" if best else ""))
         for tracker in list(self.trackers):
             try:
                 tracker.trial(trial, o.metric, best.objective if best else None)
@@ -400,8 +403,9 @@ class _Driver:
         if NOOP not in finals:
             jobs[NOOP] = self._request(None, protocol, c.seed + 1)
         if jobs:
-            self.display.say(f"Training the winner #{best.number}" + (" and the expert's encoder" if EXPERT in jobs else "")
-                             + f" with {c.final_steps:,} steps; {c.final_episodes} evaluation episodes on fresh seeds.")
+            who = f"the winner #{best.number}" + (" and the expert's encoder" if EXPERT in jobs else "")
+            self.display.say(f"Training {who} with {c.final_steps:,} steps; {c.final_episodes} evaluation episodes on "
+                             "fresh seeds.")
         waiting, busy = list(jobs), set[str]()
         while waiting or busy:
             while waiting and pool.free:
@@ -433,7 +437,7 @@ class _Driver:
         best = self.study.best
         usage: dict[str, float] = {}
         for t in self.study.trials:
-            for key in ("tokens_in", "tokens_out"):
+            for key in ("tokens_in", "tokens_out", "requests"):
                 usage[key] = usage.get(key, 0) + float(t.proposal.meta.get(key) or 0)
         provenance = json.loads((self.folder / "versions.json").read_text())
         return Outcome(

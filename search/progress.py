@@ -75,7 +75,8 @@ class Display:
         self._running[key] = int(p["steps"])
         if key in self._tasks:
             value = "" if p.get("return") is None else f", return {p['return']:.2f}"
-            self._bars.update(self._tasks[key], completed=p["steps"], note=f"{p['steps_per_second']:.0f} steps/s{value}")
+            note = f"{p['steps_per_second']:.0f} steps/s{value}"
+            self._bars.update(self._tasks[key], completed=p["steps"], note=note)
         self._refresh()
 
     def ended(self, key: str, steps: int, text: str) -> None:

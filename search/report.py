@@ -15,6 +15,8 @@ from typing import Any
 import jinja2
 import numpy as np
 import yaml
+from markupsafe import Markup, escape
+
 from lacer.agents import Evaluation
 from lacer.agents.probes import MEANING
 from lacer.encoders import EncoderSpec
@@ -38,7 +40,6 @@ from lacer.search.drawing import (
 )
 from lacer.search.outcome import EXPERT, NOOP, WINNER, Outcome, paired_difference
 from lacer.search.study import Trial
-from markupsafe import Markup, escape
 
 _CLASSES = {NOOP: "noop", EXPERT: "expert", WINNER: "winner"}
 _INTERVAL = re.compile(r"\[[−\d.,e+ ]+\]")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
 from lacer.encoders import FUSION, EncoderSpec, list_blocks, parse_block
 from lacer.encoders.registry import FusionConfig
 from lacer.envs import LacerError, TaskCard, did_you_mean

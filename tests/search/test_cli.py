@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from lacer.search.cli import main
 from lacer.search.config import load_yaml, presets, validate
 from lacer.search.loop import plan
-
 from tests.search.conftest import TINY
 
 ENV = ["--env", "lacer/KnownSources-v0"]
@@ -44,7 +44,7 @@ def run(args: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, 
     (["search", *ENV, "--final-steps", "-1"], "--final-steps"),
     (["search", *ENV, "--space", '{"position.block": ["mlpp"]}'], "did you mean 'mlp'"),
     (["search", *ENV, "--space", '{"position.blok": ["mlp"]}'], "did you mean 'position.block'"),
-    (["search", *ENV, "--space", '{"position.block": ["linear"]}'], "the expert's encoder is not part of the search space"),
+    (["search", *ENV, "--space", '{"position.block": ["linear"]}'], "the expert's encoder is not part of the search"),
     (["search", *ENV, "--designer", "lacer"], "needs an LLM"),
     (["search", *ENV, "--llm", "openai:some-model"], "OPENAI_API_KEY"),
     (["search", *ENV, "--llm", "anthropic:some-model"], "ANTHROPIC_API_KEY"),

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from optuna.storages import InMemoryStorage
+
 from lacer.agents import Evaluation
 from lacer.envs import LacerError, task_card
 from lacer.search.designers.base import Designer, designer_class, designers
 from lacer.search.designers.evolution import Evolution
 from lacer.search.space import EncoderSpace, Point
 from lacer.search.study import Proposal, Study, sqlite_url
-from optuna.storages import InMemoryStorage
 
 PLAIN = [name for name, cls in designers().items() if not cls.needs_llm]
 CARD = task_card("lacer/KnownSources-v0")
@@ -24,7 +25,8 @@ TINY = EncoderSpace(CARD, {f"{s}.block": [b] for s, b in {
 
 def score(point: Point) -> float:
     """A known objective: 1 for a CNN, plus 1 for a GRU, minus 1 for reading noise."""
-    return (point["picture.block"] == "cnn") + (point["trend.block"] == "gru") - 1.0 * (point["noise.block"] != "unused")
+    good = (point["picture.block"] == "cnn") + (point["trend.block"] == "gru")
+    return good - 1.0 * (point["noise.block"] != "unused")
 
 
 def play(designer: Designer, study: Study, n: int, batch: int = 1, failing: bool = False) -> list[Point]:

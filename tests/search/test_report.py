@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+
 from lacer.agents import Cost, Evaluation
 from lacer.agents.probes import MEANING
 from lacer.encoders import EncoderSpec

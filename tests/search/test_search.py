@@ -14,11 +14,11 @@ from pathlib import Path
 import optuna
 import pytest
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
 from lacer.agents import load
 from lacer.envs import make
 from lacer.search import search
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
 from tests.search.conftest import TINY, Lacer, Start
 from tests.search.offline_wandb import read
 
@@ -58,7 +58,7 @@ def test_what_is_shown(finished: tuple[Path, str, str]) -> None:
     assert "Folder:" in err
     for column in ("score", "return", "position", "words", "noise", "fusion", "param."):
         assert column in out
-    assert len(re.findall(r"│\s*\d\s*│", out)) == 5
+    assert len(re.findall(r"^│\d+ *│", out, re.MULTILINE)) == 5
     assert str(folder / "report.html") in out
     assert f"lacer evaluate '{folder}'/best --episodes 20" in out
     assert "lacer train --encoder" in out
@@ -142,8 +142,8 @@ def test_evaluate(finished: tuple[Path, str, str], lacer: Lacer) -> None:
 
 def test_train(finished: tuple[Path, str, str], lacer: Lacer, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "agent"
-    args = ("train", "--encoder", finished[0] / "best" / "encoder.json", "--config", tiny, "--steps", 512, "--episodes", 4,
-            "--out", out)
+    args = ("train", "--encoder", finished[0] / "best" / "encoder.json", "--config", tiny, "--steps", 512,
+            "--episodes", 4, "--out", out)
     done = lacer(*args)
     assert done.returncode == 0, done.stderr
     assert load(out).spec == load(finished[0] / "best").spec
@@ -172,8 +172,9 @@ def wait_for(folder: Path, finished_trials: int, process: subprocess.Popen[str])
         if (folder / "study.db").exists():
             try:
                 with sqlite3.connect(f"file:{folder}/study.db?mode=ro", uri=True) as db:
-                    if db.execute("select count(*) from trials where state = 'COMPLETE'").fetchone()[0] >= finished_trials:
-                        return
+                    count = db.execute("select count(*) from trials where state = 'COMPLETE'").fetchone()[0]
+                if count >= finished_trials:
+                    return
             except sqlite3.OperationalError:
                 pass  # the tables are being made
         time.sleep(0.05)

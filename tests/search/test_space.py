@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from lacer.encoders import list_blocks
 from lacer.envs import LacerError, task_card
 from lacer.search.space import UNUSED, Decision, EncoderSpace, SearchSpace

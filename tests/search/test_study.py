@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
+
 from lacer.agents import Evaluation
 from lacer.envs import LacerError, task_card
 from lacer.search.space import EncoderSpace
