@@ -8,11 +8,12 @@ from typing import cast
 import numpy as np
 import torch
 from gymnasium import spaces
+from torch import Tensor, nn
+
 from lacer.encoders.registry import Features
 from lacer.encoders.spec import EncoderSpec
 from lacer.encoders.text import TextTable
 from lacer.envs import LacerError, SourceSpec, TaskCard
-from torch import Tensor, nn
 
 
 class CompositeEncoder(nn.Module):
@@ -43,15 +44,15 @@ class CompositeEncoder(nn.Module):
                 if table is None:
                     raise LacerError(f"the encoder uses the text source {name!r} and needs a TextTable")
                 shape = (table.dim,)
-            else:
-                self.scale[name] = InputScale(source)
             try:
+                if source.modality != "text":
+                    self.scale[name] = InputScale(source)
                 self.blocks[name] = config.build(shape)
             except (LacerError, ValueError, RuntimeError, KeyError) as e:
                 raise LacerError(f"sources.{name}: cannot build {config.short()}: {e}") from e
         try:
             self.fusion = spec.fusion.build_fusion({n: int(cast(int, b.dim)) for n, b in self.blocks.items()})
-        except (LacerError, ValueError, RuntimeError) as e:
+        except (LacerError, ValueError, RuntimeError, KeyError) as e:
             raise LacerError(f"fusion: cannot build {spec.fusion.short()}: {e}") from e
         self.dim = int(cast(int, self.fusion.dim))
 
@@ -102,8 +103,8 @@ class InputScale(nn.Module):
             low, high = space.low.astype(np.float64), space.high.astype(np.float64)
         bounded = np.isfinite(low) & np.isfinite(high) & (high > low) & (np.abs(high) < 1e6) & (np.abs(low) < 1e6)
         centre, factor = np.zeros_like(low), np.ones_like(low)
-        centre[bounded] = ((low + high) / 2)[bounded]
-        factor[bounded] = (2 / (high - low))[bounded]
+        centre[bounded] = (low[bounded] + high[bounded]) / 2
+        factor[bounded] = 2 / (high[bounded] - low[bounded])
         if self.modality == "image":
             centre, factor = np.zeros(()), np.full((), 1 / 255)
         if self.modality == "set":

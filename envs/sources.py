@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+
 from lacer.envs.errors import LacerError
 
 Modality = Literal["vector", "series", "image", "text", "set"]
@@ -35,7 +36,7 @@ class SourceSpec:
         description: one plain sentence that says what it carries; the LLM reads it.
 
     Raises:
-        LacerError: if the space does not fit the modality.
+        LacerError: if the space does not fit the modality, or the name cannot be used.
     """
 
     name: str
@@ -44,6 +45,8 @@ class SourceSpec:
     description: str
 
     def __post_init__(self) -> None:
+        if not self.name or "." in self.name or self.name in ("fusion", "fused"):
+            raise LacerError(f"a source cannot be called {self.name!r}: not empty, no dot, not 'fusion' or 'fused'")
         if self.modality not in MODALITIES:
             raise LacerError(f"source {self.name!r}: unknown modality {self.modality!r}; use one of {MODALITIES}")
         s = self.space

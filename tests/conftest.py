@@ -1,0 +1,15 @@
+"""Settings of all tests: no network, one thread, and the environments of ``helper_envs`` importable everywhere."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).parent))  # worker and environment processes inherit it
+
+import torch
+
+torch.set_num_threads(1)
