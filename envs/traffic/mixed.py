@@ -21,7 +21,7 @@ from lacer.envs.traffic.demand import Episode, draw_episode
 from lacer.envs.traffic.network import MAIN_LIMIT, RAMP_LIMIT, Motorway
 from lacer.envs.traffic.simulation import REAPPLY, Command, Simulation, Snapshot, Tally
 
-SLOWEST = 10.0
+SLOWEST = 15.0
 """Speed (m/s) that a segment action of -1 asks for."""
 SLOWEST_RAMP = 2.0
 """Speed (m/s) that a ramp action of 1 asks for."""
@@ -71,7 +71,7 @@ class MixedTrafficEnv(gym.Env):
     some both tell.
 
     Action, Box(-1, 1) of shape (S + L + 1,); all zero means "do nothing", exactly:
-        [0, S): speed of each segment; a >= 0 full speed, below it CAVs drive at most ``27.78 - 17.78 a^2`` m/s.
+        [0, S): speed of each segment; a >= 0 full speed, below it CAVs drive at most ``27.78 - 12.78 a^2`` m/s.
         [S, S + L): lane weights from the right; the largest, if above 0.3, is the lane that CAVs leave and avoid on
             the segments before the incident area.
         [S + L]: ramp; a > 0 limits CAVs there to ``16.67 - 14.67 a`` m/s.
@@ -81,8 +81,8 @@ class MixedTrafficEnv(gym.Env):
     who wait to enter counted, less up to 0.05 for disobeying the dispatcher (share of CAVs above an instructed speed
     limit; ramp action against a ramp order). ``info["reward_terms"]`` has the parts.
     ``info["metrics"]`` at the end: average_speed (m/s; v over the episode), throughput (veh/h), hard_brakings
-    (observations, every 2 s, of a braking over 3 m/s^2), collisions (vehicle-steps), mean_backlog (veh), disobedience
-    (mean share, 0 to 1). ``info["state"]``: privileged truth, see ``task_card.state_names``.
+    (vehicles braking harder than 3 m/s^2 at the end of a step), collisions (vehicle-steps), mean_backlog (veh),
+    disobedience (mean share, 0 to 1). ``info["state"]``: privileged truth, see ``task_card.state_names``.
 
     Args:
         scene: ``"full"``, 1.9 km, or ``"small"``, 0.9 km with an incident in every episode, for short searches.
@@ -362,7 +362,7 @@ class MixedTrafficEnv(gym.Env):
 
     def _observe(self) -> dict[str, Any]:
         assert self._sim is not None
-        s = self._seen = self._sim.snapshot()
+        s = self._seen = self._sim.seen
         traffic, past = self._detectors(s)
         self._history.append(np.concatenate([past, self._action]).clip(-2, 2).astype(np.float32))
         image = self._camera.draw(s.edge, s.lane, s.position, s.speed, s.cav, s.broken)

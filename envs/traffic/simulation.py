@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import os
 import weakref
 from dataclasses import dataclass
@@ -69,7 +70,8 @@ class Snapshot:
 
 @dataclass
 class Tally:
-    """Sums over a time: metres driven, vehicle-seconds on the road and waiting to enter, and counts."""
+    """Sums over a time: metres driven, vehicle-seconds on the road and waiting to enter, vehicles that left, hard
+    brakings (at the end of the time only), vehicle-steps of collisions."""
 
     metres: float = 0.0
     driving: float = 0.0
@@ -111,16 +113,19 @@ class Simulation:
     ) -> None:
         self.sumo: Any = None
         self.road, self.step_length, self.clear_zone = road, step_length, clear_zone
-        self.now, self.departed = 0.0, 0
+        self.now = 0.0
+        self._entered, self._left = 0, 0
         self.broken: str | None = None
         """The broken-down vehicle, while the incident lasts."""
-        self._departs, self._incident = departs, incident
+        self._departs, self._incident = departs.tolist(), incident
         self._caps: dict[str, float] = {}
         self._lanes = [
             (f"{s.name}_{k}", e, k - s.offset) for e, s in enumerate(road.stretches) for k in range(s.lanes + s.offset)
         ] + [("ramp_0", -1, -1)]
-        self._edges = [s.name for s in road.stretches] + ["ramp"]
-        self._starts = np.array([*road.starts, road.starts[2] - road.ramp_length])
+        self._ramp_x = road.starts[2] - road.ramp_length
+        self._starts = np.array([*road.starts, self._ramp_x])
+        self.seen = self._snapshot([], [], [], [], [])
+        """The vehicles at the end of the last :meth:`run`."""
         self.sumo = self._start(net, routes, seed)
 
     def _start(self, net: Path, routes: Path, seed: int) -> Any:
@@ -161,57 +166,51 @@ class Simulation:
             sumo.close()
 
     def run(self, seconds: float, command: Command | None = None) -> Tally:
-        """Simulate some time under a command.
+        """Simulate some time under a command; :attr:`seen` then shows the vehicles.
 
         Raises:
             LacerError: if SUMO fails; the simulation is closed then.
         """
         if self.sumo is None:
             raise LacerError("the simulation is closed; call reset() first")
-        tally = Tally()
-        steps = round(seconds / self.step_length)
+        tally = Tally(metres=-float(self.seen.x.sum()))
         every = max(1, round(REAPPLY / self.step_length))
         try:
-            for i in range(steps):
+            for i in range(round(seconds / self.step_length)):
                 if self._incident:
                     self._break_down(self._incident)
                 if i % every == 0 and command is not None:
                     self._apply(command)
                 self._step(tally)
-                if i % every == 0:
-                    tally.hard += self._hard_brakings()
-        except LacerError:
-            raise
-        except Exception as e:
+            self.seen = self._read()
+            braking = self.sumo.vehicle.getAcceleration
+            tally.hard = sum(braking(v) < HARD for v in self.seen.ids)
+        except Exception as e:  # TraCIException, FatalTraCIError, RuntimeError
             self.close()
             raise LacerError(f"the SUMO simulation failed at {self.now:.1f} s: {e}; reset() starts a new one") from e
+        # Every vehicle drove from where it was, or entered, to where it is, or to the exit.
+        tally.metres += float(self.seen.x.sum())
         return tally
 
     def _step(self, tally: Tally) -> None:
-        sumo, dt = self.sumo, self.step_length
-        sumo.simulationStep()
+        simulation, dt = self.sumo.simulation, self.step_length
+        self.sumo.simulationStep()
         self.now += dt
-        self.departed += sumo.simulation.getDepartedNumber()
-        metres, n = 0.0, 0
-        for e in self._edges:
-            k = sumo.edge.getLastStepVehicleNumber(e)
-            if k:
-                n += k
-                metres += k * sumo.edge.getLastStepMeanSpeed(e)
-        tally.metres += metres * dt
-        tally.driving += n * dt
+        for v in simulation.getDepartedIDList():
+            self._entered += 1
+            tally.metres -= self._ramp_x if v[1] == "r" else 0.0
+        arrived = simulation.getArrivedNumber()
+        tally.arrived += arrived
+        tally.metres += arrived * self.road.length
+        self._left += arrived
+        tally.driving += (self._entered - self._left) * dt
         tally.waiting += self.backlog * dt
-        tally.arrived += sumo.simulation.getArrivedNumber()
-        tally.collisions += sumo.simulation.getCollidingVehiclesNumber()
+        tally.collisions += simulation.getCollidingVehiclesNumber()
 
     @property
     def backlog(self) -> int:
         """Vehicles that should have entered and wait for room."""
-        return max(0, int(np.searchsorted(self._departs, self.now, "right")) - self.departed)
-
-    def _hard_brakings(self) -> int:
-        get = self.sumo.vehicle.getAcceleration
-        return sum(get(v) < HARD for v in self.sumo.vehicle.getIDList())
+        return max(0, bisect.bisect_right(self._departs, self.now) - self._entered)
 
     def _break_down(self, incident: Incident) -> None:
         """Stop the next vehicle that drives up on the lane; clear the road when the incident ends."""
@@ -263,8 +262,7 @@ class Simulation:
                     to = 1 if k == 0 else last - 1 if k == last else k + 1 if int(v[2:]) % 2 else k - 1
                     sumo.vehicle.changeLane(v, to + s.offset, REAPPLY)
 
-    def snapshot(self) -> Snapshot:
-        """Read all vehicles."""
+    def _read(self) -> Snapshot:
         lane_ids, vehicle = self.sumo.lane.getLastStepVehicleIDs, self.sumo.vehicle
         ids: list[str] = []
         edge: list[int] = []
@@ -274,10 +272,14 @@ class Simulation:
             ids.extend(here)
             edge.extend([e] * len(here))
             lane.extend([k] * len(here))
-        at, pace = vehicle.getLanePosition, vehicle.getSpeed
-        pos = np.array([at(v) for v in ids], float)
-        edges = np.array(edge, int)
+        return self._snapshot(ids, edge, lane, [vehicle.getLanePosition(v) for v in ids],
+                              [vehicle.getSpeed(v) for v in ids])
+
+    def _snapshot(
+        self, ids: list[str], edge: list[int], lane: list[int], position: list[float], speed: list[float]
+    ) -> Snapshot:
+        edges, positions = np.array(edge, int), np.array(position, float)
         return Snapshot(
-            ids, edges, np.array(lane, int), pos, pos + self._starts[edges], np.array([pace(v) for v in ids], float),
+            ids, edges, np.array(lane, int), positions, positions + self._starts[edges], np.array(speed, float),
             np.array([v[0] == "c" for v in ids], bool), np.array([v == self.broken for v in ids], bool),
         )
