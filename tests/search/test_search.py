@@ -8,6 +8,7 @@ import re
 import signal
 import sqlite3
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -271,3 +272,37 @@ def test_a_failing_candidate_is_a_result(tmp_path: Path) -> None:
     assert {t.reason for t in result.outcome.trials} == {"time-out"}
     assert result.outcome.winner is None
     assert result.report.exists()
+
+
+def test_an_llm_over_http(tiny: Path, lacer: Lacer, tmp_path: Path) -> None:
+    """A search with a language model that is sometimes right, sometimes wrong, and in the end only sends garbage."""
+    def answer(width: int) -> str:
+        encoder = {"sources": {"position": {"block": "linear", "width": width}},
+                   "fusion": {"block": "gated_sum", "width": 32}}
+        return json.dumps({"encoders": [{"rationale": "noise is noise", "based_on": [0], "expected": 0.5,
+                                         "encoder": encoder}]})
+
+    script = {"replies": [{"text": answer(16)}, {"text": answer(16)}, {"text": answer(7)}, {"text": answer(32)},
+                          {"status": 500}, {"text": "I would rather talk about the weather."}]}
+    server = subprocess.Popen([sys.executable, str(Path(__file__).with_name("llm_server.py")), json.dumps(script)],
+                              stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        url = f"http://127.0.0.1:{int(server.stdout.readline())}/v1"
+        folder = tmp_path / "run"
+        done = lacer("search", "--config", tiny, "--designer", "lacer", "--llm", "openai:some-model", "--llm-base-url",
+                     url, "--candidates", 4, "--workers", 1, "--out", folder, OPENAI_API_KEY=KEY)
+    finally:
+        server.kill()
+        server.wait()
+    assert done.returncode == 0, done.stderr
+    got = [(t.user_attrs["designer"], t.state.name) for t in trials(folder)]
+    assert [g for g in got if g[1] == "COMPLETE"] == [
+        ("expert", "COMPLETE"), ("lacer", "COMPLETE"), ("lacer", "COMPLETE"), ("evolution", "COMPLETE")]
+    reasons = " ".join(t.user_attrs["rejected"] for t in trials(folder) if t.state.name == "FAIL")
+    for reason in ("the same as #1", "position.linear.width = 7 is not in this search space", "no JSON object"):
+        assert reason in reasons
+    assert "rejected (lacer)" in done.stderr
+    for path in folder.rglob("*"):
+        if path.is_file():
+            assert KEY.encode() not in path.read_bytes(), path
