@@ -11,6 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+
 from lacer.agents.checkpoint import save_agent
 from lacer.agents.evaluation import Cost, Evaluation, Protocol, RunRequest
 from lacer.agents.policy import CompositeExtractor, CompositePolicy, policy_kwargs
@@ -19,9 +23,6 @@ from lacer.agents.vec import EncoderVecEnv
 from lacer.encoders import EncoderSpec, TextTable
 from lacer.envs import LacerError, TaskCard, task_card
 from lacer.envs.vec import StartMethod, make_vec
-from scipy import stats
-from stable_baselines3 import PPO
-from stable_baselines3.common.callbacks import BaseCallback
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -211,7 +212,8 @@ def evaluate(model: Any, card: TaskCard, table: TextTable, env_id: str, env_kwar
             else:
                 action = np.stack([card.action_space.sample() for _ in range(n)])
             before, known = obs, infos
-            obs, reward, done, infos = env.step(action)  # type: ignore[assignment]
+            obs, reward, done, news = env.step(action)  # type: ignore[assignment]
+            infos = list(news)  # SubprocVecEnv gives a tuple
             total += reward
             for i in range(n):
                 if not left[i]:
