@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
 from lacer.agents.evaluation import Evaluation, RunRequest
 from lacer.agents.policy import CompositePolicy, policy_kwargs
 from lacer.agents.vec import encode_batch, encoder_space
 from lacer.encoders import EncoderSpec, TextTable
 from lacer.envs import LacerError, TaskCard, task_card
-from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 FORMAT = 1
 

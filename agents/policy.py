@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
-from lacer.encoders import CompositeEncoder, EncoderSpec, TextTable, build
-from lacer.envs import TaskCard
 from stable_baselines3.common.policies import MultiInputActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor
+
+from lacer.encoders import CompositeEncoder, EncoderSpec, TextTable, build
+from lacer.envs import TaskCard
 
 
 class CompositeExtractor(BaseFeaturesExtractor):

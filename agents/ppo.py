@@ -22,7 +22,7 @@ from lacer.agents.probes import probe
 from lacer.agents.vec import EncoderVecEnv
 from lacer.encoders import EncoderSpec, TextTable
 from lacer.envs import LacerError, TaskCard, task_card
-from lacer.envs.vec import StartMethod, make_vec
+from lacer.envs.vec import StartMethod, close_vec, make_vec
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -112,6 +112,12 @@ def run(request: RunRequest, report: Report = lambda _: None, *, start_method: S
         result = Evaluation.failure("an environment's process died; its error is in the log", request.seed)
     except LacerError:
         raise
+    except ValueError as e:
+        if "of distribution" in str(e):  # torch's check of the actions' distribution
+            result = Evaluation.failure("diverged: the distribution of the actions is not finite", request.seed)
+        else:
+            traceback.print_exc()
+            result = Evaluation.failure(f"ValueError: {e}", request.seed)
     except Exception as e:  # whatever it is, it is the result of this candidate, not the end of the search
         traceback.print_exc()
         result = Evaluation.failure(f"{type(e).__name__}: {e}", request.seed)
@@ -137,7 +143,7 @@ def _run(request: RunRequest, card: TaskCard, spec: EncoderSpec | None, table: T
             model.learn(protocol.steps, callback=progress)
             progress.check()
         finally:
-            env.close()
+            close_vec(env)
         curve = progress.curve
         encoder = _encoder(model)
         cost.train_seconds = time.monotonic() - start
@@ -234,7 +240,7 @@ def evaluate(model: Any, card: TaskCard, table: TextTable, env_id: str, env_kwar
                     # After an automatic reset the observation belongs to the new episode, and so must the state.
                     infos[i] = dict(env.venv.reset_infos[i])
     finally:
-        env.close()
+        close_vec(env)
     for seed in seeds:
         value, metrics = by_seed[seed]
         out.seeds.append(seed)

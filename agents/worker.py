@@ -23,6 +23,7 @@ from typing import Any
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork
 
 import torch
+
 from lacer.agents.evaluation import Evaluation, RunRequest
 from lacer.agents.ppo import run
 from lacer.encoders import text_model

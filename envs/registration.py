@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 import gymnasium as gym
+
 from lacer.envs.errors import LacerError, UnknownNameError
 from lacer.envs.sources import TaskCard
 

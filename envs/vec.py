@@ -10,10 +10,11 @@ from typing import Any, Literal
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-from lacer.envs.errors import LacerError
-from lacer.envs.registration import make
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
+
+from lacer.envs.errors import LacerError
+from lacer.envs.registration import make
 
 StartMethod = Literal["fork", "spawn", "forkserver"]
 
@@ -105,3 +106,13 @@ def make_vec(
     if seed is not None:
         venv.seed(seed)
     return venv
+
+
+def close_vec(env: VecEnv) -> None:
+    """Closes an environment, also one of whose processes a part has died."""
+    try:
+        env.close()
+    except (EOFError, OSError):
+        for process in getattr(env.unwrapped, "processes", []):
+            process.kill()
+            process.join()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from torch import Tensor, nn
+
 from lacer.encoders.layers import SetInput, Transformer, masked_mean, sinusoid
 from lacer.encoders.registry import BlockConfig, Features, choice, register_block
 from lacer.envs import LacerError
-from torch import Tensor, nn
 
 
 class _AttentionFields(BlockConfig):

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
+from torch import Tensor, nn
+
 from lacer.encoders.layers import Transformer, masked_mean, mlp
 from lacer.encoders.registry import Features, FusionConfig, choice, register_block
 from lacer.envs import LacerError
-from torch import Tensor, nn
 
 
 @register_block

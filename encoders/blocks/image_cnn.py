@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
-from lacer.encoders.registry import BlockConfig, Features, choice, register_block
 from torch import Tensor, nn
+
+from lacer.encoders.registry import BlockConfig, Features, choice, register_block
 
 
 @register_block

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from torch import Tensor, nn
+
 from lacer.encoders.layers import ACTIVATIONS, as_features, mlp
 from lacer.encoders.registry import BlockConfig, Features, choice, register_block
-from torch import Tensor, nn
 
 
 @register_block
