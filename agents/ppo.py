@@ -14,6 +14,7 @@ import torch
 from scipy import stats
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
 
 from lacer.agents.checkpoint import save_agent
 from lacer.agents.evaluation import Cost, Evaluation, Protocol, RunRequest
@@ -47,12 +48,14 @@ def versions() -> dict[str, str]:
 def make_model(spec: EncoderSpec, card: TaskCard, table: TextTable, env: Any, protocol: Protocol, seed: int) -> PPO:
     """SB3's PPO with the composite encoder as features extractor."""
     p = protocol.ppo
-    return PPO(
+    model = PPO(
         CompositePolicy, env,
         n_steps=p.n_steps, batch_size=min(p.batch_size, p.n_steps * p.n_envs), n_epochs=p.n_epochs,
         learning_rate=p.learning_rate, gamma=p.gamma, gae_lambda=p.gae_lambda, clip_range=p.clip_range,
         ent_coef=p.ent_coef, vf_coef=p.vf_coef, max_grad_norm=p.max_grad_norm,
         policy_kwargs=policy_kwargs(spec, card, table, p.head, p.log_std_init), seed=seed, device="auto", verbose=0)
+    model.set_logger(Logger(None, []))  # the default one leaves a folder in the temporary directory
+    return model
 
 
 class _Progress(BaseCallback):
