@@ -83,7 +83,7 @@ def load(folder: str | Path, env_kwargs: Mapping[str, Any] | None = None) -> Age
     except FileNotFoundError:
         hint = " It is a run; its agent is in best/." if (folder / "best").is_dir() else ""
         raise LacerError(f"{folder} is no agent: it has no agent.json.{hint}") from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise LacerError(f"cannot read {folder / 'agent.json'}: {e}") from None
     try:
         if about["format"] != FORMAT:

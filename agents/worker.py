@@ -67,7 +67,7 @@ def _child(channel: Channel, key: str, request: RunRequest) -> None:
 
 def _prepare(request: RunRequest) -> None:
     """Loads the text model before the fork, so that runs share it."""
-    with contextlib.suppress(LacerError):  # a wrong request is reported by the run itself
+    with contextlib.suppress(Exception):  # a wrong request is reported by the run itself
         card = task_card(request.env, **request.env_kwargs)
         if request.encoder is not None and any(
                 card.sources[s].modality == "text" for s in request.encoder.get("sources", {}) if s in card.sources):

@@ -19,9 +19,12 @@ class Tiny(gym.Env):
 
     metadata = {"render_modes": []}  # noqa: RUF012
 
-    def __init__(self, horizon: int = 4, action_space: gym.Space | None = None, texts: tuple[str, ...] = ("go", "")):
+    def __init__(self, horizon: int = 4, actions: str = "Box", texts: tuple[str, ...] = ("go", "")) -> None:
         self.horizon, self.texts = horizon, texts
-        self.action_space = action_space or spaces.Box(-1.0, 1.0, (1,), np.float32)
+        self.action_space: gym.Space = {
+            "Box": spaces.Box(-1.0, 1.0, (1,), np.float32), "Box far from 0": spaces.Box(5.0, 9.0, (2,), np.float32),
+            "Discrete": spaces.Discrete(3), "MultiDiscrete": spaces.MultiDiscrete([2, 3]),
+            "MultiBinary": spaces.MultiBinary(4)}[actions]
         self.task_card = TaskCard(
             env_id="helper/Tiny-v0",
             sources={"numbers": SourceSpec("numbers", "vector", spaces.Box(-np.inf, np.inf, (2,), np.float32), "Two."),
