@@ -111,7 +111,7 @@ def _parser() -> _Parser:
         return p
 
     p = command("search", "search an encoder, train the winner, write a report")
-    p.add_argument("--config", default=None, metavar="FILE", help="YAML file or preset (quick, full); options win over it")
+    p.add_argument("--config", default=None, metavar="FILE", help="YAML file, or preset: quick, full; options win")
     p.add_argument("--resume", default=None, metavar="RUN", help="go on with a run folder")
     p.add_argument("--out", default=None, metavar="FOLDER", help="run folder (default: runs/<date-time-env-designer>)")
     p.add_argument("--quiet", action="store_true", help="print nothing but the result")
@@ -148,8 +148,8 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="lacer: %(message)s")
     warnings.filterwarnings("ignore", module="optuna")
     args = _parser().parse_args(argv)
-    if ":" in str(_env_of(args)):
-        sys.path.insert(0, os.getcwd())  # module:Id of a module in the working folder
+    if os.getcwd() not in sys.path:  # for module:Id in the working folder; last, so that it shadows nothing
+        sys.path.append(os.getcwd())
     try:
         {"search": _search, "train": _train, "evaluate": _evaluate, "envs": _envs, "blocks": _blocks,
          "designers": _designers}[args.command](args[args.command])
@@ -159,11 +159,6 @@ def main(argv: list[str] | None = None) -> None:
         sys.stderr.flush()
         sys.stdout.flush()
         os._exit(130)  # at once: an LLM's reply or a tracker may still be awaited in a thread
-
-
-def _env_of(args: Namespace) -> str | None:
-    sub = args[args.command]
-    return sub.get("env") if sub is not None else None
 
 
 def _search(a: Namespace) -> None:

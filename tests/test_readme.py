@@ -1,0 +1,50 @@
+"""What the README shows works as written."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = re.findall(r"^    (lacer .*?)(?:  +#.*)?$", README, re.MULTILINE)
+
+
+def run(args: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *args], cwd=cwd, capture_output=True, text=True, timeout=240,
+                          env={**os.environ, "WANDB_MODE": "offline"})
+
+
+def test_python_in_under_ten_lines(tmp_path: Path) -> None:
+    code = PYTHON[0]
+    assert "from lacer.search import search" in code
+    done = run(["-P", "-c", code], tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = done.stdout.strip().splitlines()[-1].split(" ", 1)[1]
+    assert (tmp_path / report).is_file()
+
+
+def test_an_environment_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "thermostat.py").write_text(PYTHON[1])
+    [command] = [c for c in COMMANDS if "thermostat" in c]
+    done = run(["-P", "-m", "lacer.search.cli", *shlex.split(command)[1:]], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "comfort" in done.stdout
+    [folder] = (tmp_path / "runs").iterdir()
+    check = run(["-P", "-m", "lacer.search.cli", "evaluate", f"runs/{folder.name}/best", "--episodes", "2"], tmp_path)
+    assert check.returncode == 0, check.stderr
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "..." not in c and "|" not in c])
+def test_options_in_commands_exist(command: str) -> None:
+    """Long commands are parsed, not run."""
+    from lacer.search.cli import _parser
+
+    args = shlex.split(command)[1:]
+    _parser().parse_args([a.replace("$d", "random") for a in args])
