@@ -27,7 +27,7 @@ SLOWEST_RAMP = 2.0
 """Speed (m/s) that a ramp action of 1 asks for."""
 CLEAR_ABOVE = 0.3
 """The largest lane weight has to exceed this for its lane to be cleared."""
-ORDER_WEIGHT = 0.05
+ORDER_WEIGHT = 0.03
 """Reward lost by one step that fully disobeys the dispatcher."""
 _JAM = 0.08  # vehicles per metre and lane that count as 1
 
@@ -37,7 +37,7 @@ SCENES: dict[str, dict[str, Any]] = {
         "out_length": 50.0, "ramp_length": 150.0, "main_flow": (2100.0, 2700.0), "ramp_flow": (200.0, 500.0),
         "step_length": 1.0, "warm_up": 60.0, "horizon": 240.0, "incident_probability": 1.0,
         "incident_delay": (-20.0, -10.0), "incident_segments": (3,), "incident_place": (0.1, 0.4),
-        "clear_segments": (1, 2), "news_weights": (0.4, 0.3, 0.3),
+        "clear_segments": (1, 2), "news_weights": (0.5, 0.2, 0.3),
     },
     "full": {
         "lanes": 3, "drop": "after", "in_length": 250.0, "segment_lengths": (350.0, 300.0, 350.0, 350.0),
@@ -78,7 +78,7 @@ class MixedTrafficEnv(gym.Env):
     It is applied every 2 s to the vehicles present.
 
     Reward of a step, dimensionless: ``0.5 (v / 27.78 - 0.6)`` with v = vehicle-km by vehicle-hours in the step, those
-    who wait to enter counted, less up to 0.05 for disobeying the dispatcher (share of CAVs above an instructed speed
+    who wait to enter counted, less up to 0.03 for disobeying the dispatcher (share of CAVs above an instructed speed
     limit; ramp action against a ramp order). ``info["reward_terms"]`` has the parts.
     ``info["metrics"]`` at the end: average_speed (m/s; v over the episode), throughput (veh/h), hard_brakings
     (vehicles braking harder than 3 m/s^2 at the end of a step), collisions (vehicle-steps), mean_backlog (veh),

@@ -20,6 +20,7 @@ REAPPLY = 2.0
 HARD = -3.0
 """A braking below this is a hard one, m/s^2."""
 _FREE = 36.0  # maxSpeed of the vehicle types: no cap
+_PRESSING = 0b10101010101  # lane-change mode: as by default, but commanded changes only avoid immediate collisions
 
 _holder: tuple[int, weakref.ref[Simulation]] | None = None
 
@@ -119,6 +120,7 @@ class Simulation:
         """The broken-down vehicle, while the incident lasts."""
         self._departs, self._incident = departs.tolist(), incident
         self._caps: dict[str, float] = {}
+        self._pressing: set[str] = set()
         self._lanes = [
             (f"{s.name}_{k}", e, k - s.offset) for e, s in enumerate(road.stretches) for k in range(s.lanes + s.offset)
         ] + [("ramp_0", -1, -1)]
@@ -260,6 +262,9 @@ class Simulation:
             for v in sumo.lane.getLastStepVehicleIDs(f"{s.name}_{k + s.offset}"):
                 if v[0] == "c" and v != self.broken:
                     to = 1 if k == 0 else last - 1 if k == last else k + 1 if int(v[2:]) % 2 else k - 1
+                    if v not in self._pressing:
+                        self._pressing.add(v)
+                        sumo.vehicle.setLaneChangeMode(v, _PRESSING)
                     sumo.vehicle.changeLane(v, to + s.offset, REAPPLY)
 
     def _read(self) -> Snapshot:
