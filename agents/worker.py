@@ -26,7 +26,7 @@ import torch
 
 from lacer.agents.evaluation import Evaluation, RunRequest
 from lacer.agents.ppo import run
-from lacer.encoders import text_model
+from lacer.encoders import list_blocks, text_model
 from lacer.envs import LacerError, task_card
 
 
@@ -86,6 +86,9 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides
     _die_with_parent()
     channel = Channel()
+    # The first optimiser of a process makes torch import its compiler: 2 s that every run would pay anew.
+    torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))])
+    list_blocks()
     channel.send({"ready": os.getpid()})
     buffer = b""
     child, key, deadline, seed = 0, "", 0.0, 0

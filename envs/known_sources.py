@@ -39,7 +39,7 @@ class KnownSourcesEnv(gym.Env):
         horizon: steps of an episode.
 
     Raises:
-        LacerError: for unknown or empty sources or an impossible ``relevant``.
+        LacerError: for unknown, repeated or empty sources or an impossible ``relevant``.
     """
 
     metadata = {"render_modes": [], "one_per_process": False}  # noqa: RUF012 (Gymnasium's own form)
@@ -54,6 +54,9 @@ class KnownSourcesEnv(gym.Env):
         for name in [*sources, *(relevant or ())]:
             if name not in _KINDS:
                 raise UnknownNameError("source of lacer/KnownSources-v0", name, _KINDS)
+        for names in (sources, relevant or ()):
+            if len(set(names)) < len(names):
+                raise LacerError(f"a source is named twice: {list(names)}")
         can = [s for s in sources if s not in ("echo", "noise")]
         self.relevant = tuple(can if relevant is None else relevant)
         if not self.relevant or any(r not in can for r in self.relevant):

@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 import gymnasium as gym
+from gymnasium.envs.registration import load_env_creator
 
 from lacer.envs.errors import LacerError, UnknownNameError
 from lacer.envs.sources import TaskCard
@@ -38,7 +39,7 @@ def make(env_id: str, **kwargs: Any) -> gym.Env:
 
     Raises:
         UnknownNameError: for an id that is not registered, with the nearest known one.
-        LacerError: if the environment rejects its arguments or has no task card.
+        LacerError: if the environment cannot be imported, rejects its arguments or has no task card.
     """
     name = env_id
     if ":" in env_id:
@@ -49,6 +50,12 @@ def make(env_id: str, **kwargs: Any) -> gym.Env:
             raise LacerError(f"cannot import {module!r}, named in the environment id {env_id!r}: {e}") from e
     if name not in gym.registry:
         raise UnknownNameError("environment", name, _SUMMARIES)
+    entry_point = gym.registry[name].entry_point
+    if isinstance(entry_point, str):
+        try:
+            load_env_creator(entry_point)
+        except (ImportError, AttributeError) as e:
+            raise LacerError(f"cannot load {entry_point!r}, the class of {name}: {e}") from e
     try:
         env = gym.make(name, **kwargs)
     except TypeError as e:

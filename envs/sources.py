@@ -90,7 +90,7 @@ class TaskCard:
 
     Attributes:
         env_id: registered id.
-        sources: sources by name, in the order of the observation space.
+        sources: sources by name; their order is that of encoders and reports (a Dict space sorts its own).
         action_space: the environment's action space.
         objective: task metric with unit and direction.
         description: the task in plain words; the LLM reads it.

@@ -91,6 +91,8 @@ def make_vec(
     """
     if n < 1:
         raise LacerError(f"at least one environment is needed, not {n}")
+    if episode_seeds is not None and len(episode_seeds) < n:
+        raise LacerError(f"{n} environments need as many episode seeds, not {len(episode_seeds)}")
     kwargs = dict(kwargs or {})
     probe = make(env_id, **kwargs)  # errors in the arguments show here, not in another process
     one_per_process = bool(probe.metadata.get("one_per_process", False))

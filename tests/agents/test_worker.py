@@ -187,7 +187,8 @@ def test_secrets_do_not_reach_workers_or_runs(pool: ProcessPool) -> None:
 
 
 def test_clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("OPENAI_API_KEY", "aws_secret_access_key", "GITHUB_TOKEN", "PGPASSWORD", "GOOGLE_CREDENTIALS", "NETRC"):
+    for name in ("OPENAI_API_KEY", "aws_secret_access_key", "GITHUB_TOKEN", "PGPASSWORD", "GOOGLE_CREDENTIALS",
+                 "NETRC"):
         monkeypatch.setenv(name, SECRET)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     env = clean_environment()
@@ -250,7 +251,6 @@ def test_close_leaves_no_process(pool: ProcessPool) -> None:
     assert gone(pids, 5)
     assert not [p for p in map(int, filter(str.isdigit, os.listdir("/proc"))) if stat(p)[3:4] == [str(pids[0])]]
     pool.close()  # once more does no harm
-    assert pool.poll(0.1) == []
 
 
 def test_a_worker_ends_when_its_driver_is_gone(tmp_path: Path) -> None:
