@@ -38,7 +38,8 @@ class Channel:
         os.dup2(2, 1)
 
     def send(self, message: dict[str, Any]) -> None:
-        data = (json.dumps(message) + "\n").encode()
+        # The first line break ends what a run that was killed while it wrote may have left.
+        data = ("\n" + json.dumps(message) + "\n").encode()
         while data:
             data = data[os.write(self._fd, data):]
 
@@ -84,7 +85,6 @@ def kill_group(pid: int) -> None:
 def main() -> None:
     torch.set_num_threads(int(os.environ.get("LACER_THREADS", "1")))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides
-    _die_with_parent()
     channel = Channel()
     # The first optimiser of a process makes torch import its compiler: 2 s that every run would pay anew.
     torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))])

@@ -48,7 +48,9 @@ class _Slot:
 
     def _read(self, out: IO[bytes], events: queue.Queue[tuple[_Slot, dict[str, Any] | None]]) -> None:
         for line in out:
-            events.put((self, json.loads(line)))
+            # Blank lines separate messages; a run that was killed while it wrote leaves half a line.
+            with contextlib.suppress(json.JSONDecodeError):
+                events.put((self, json.loads(line)))
         events.put((self, None))
 
     def send(self, message: dict[str, Any]) -> None:

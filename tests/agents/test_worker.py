@@ -282,3 +282,16 @@ def test_a_worker_ends_when_its_driver_is_gone(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_half_a_line_of_a_killed_run_does_no_harm() -> None:
+    """The reader thread must outlive it: otherwise the slot would wait for ever."""
+    import io
+    import queue
+
+    from lacer.search.executors import _Slot
+
+    events: queue.Queue[tuple[_Slot, dict[str, Any] | None]] = queue.Queue()
+    slot = _Slot.__new__(_Slot)
+    slot._read(io.BytesIO(b'\n{"key": "a", "progress": {"ste\n{"key": "a", "evaluation": {}}\n'), events)
+    assert [m for _, m in list(events.queue)] == [{"key": "a", "evaluation": {}}, None]
