@@ -14,7 +14,7 @@ from lacer.envs.traffic.network import MAIN_LIMIT, Motorway
 if TYPE_CHECKING:
     from lacer.envs.traffic.simulation import Snapshot, Tally
 
-WIDTH, HEIGHT = 1200, 640
+WIDTH = 1200
 _LANE, _MARGIN, _PER_ROW = 16, 40, 500.0
 
 
@@ -22,7 +22,7 @@ def draw(
     road: Motorway, seen: Snapshot, instruction: str, state: Mapping[str, float], total: Tally, action: np.ndarray,
     elapsed: float,
 ) -> np.ndarray:
-    """Picture (HEIGHT, WIDTH, 3) uint8. The road is cut into rows of equal length, read like text.
+    """Picture (height, 1200, 3) uint8. The road is cut into rows of equal length, read like text.
 
     Raises:
         LacerError: if Pillow is missing.
@@ -31,13 +31,13 @@ def draw(
         from PIL import Image, ImageDraw, ImageFont
     except ImportError as e:
         raise LacerError("rendering needs Pillow; install it with: pip install pillow") from e
-    image = Image.new("RGB", (WIDTH, HEIGHT), (247, 247, 245))
-    pen = ImageDraw.Draw(image)
-    font, small = ImageFont.load_default(18), ImageFont.load_default(13)
     rows = int(np.ceil(road.length / _PER_ROW))
     scale = (WIDTH - 2 * _MARGIN) / (road.length / rows)
     band = (road.lanes + 1) * _LANE
-    top0, pitch = 170, (HEIGHT - 190) // rows
+    top0, pitch = 180, band + 50
+    image = Image.new("RGB", (WIDTH, top0 + rows * pitch), (247, 247, 245))
+    pen = ImageDraw.Draw(image)
+    font, small = ImageFont.load_default(18), ImageFont.load_default(13)
 
     def place(x: float, lane: float) -> tuple[float, float]:
         """Pixel of a point of the road; ``lane`` counts from the right, -1 for the acceleration lane."""
@@ -58,8 +58,8 @@ def draw(
     for s, start in zip(road.stretches, road.starts, strict=True):
         for lane in range(-s.offset, s.lanes):
             tile(start, start + s.length, lane, grey)
-        x, y = place(start + 1e-6, road.lanes - 1)
-        pen.line((x, y - 6, x, y + band), fill=(120, 120, 120))
+        x, y = place(start + 1e-6, s.lanes - 1)
+        pen.line((x, y - 6, x, y + (s.lanes + 1) * _LANE), fill=(120, 120, 120))
         pen.text((x + 3, y - 19), f"{s.name}  km {start / 1000:.2f}", fill=(90, 90, 90), font=small)
     merge = road.starts[2]
     tile(max(0.0, merge - road.ramp_length), merge, -1, (222, 215, 200))

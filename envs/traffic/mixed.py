@@ -53,9 +53,10 @@ SCENES: dict[str, dict[str, Any]] = {
 class MixedTrafficEnv(gym.Env):
     """Guide the connected and automated vehicles (CAVs) of a motorway in SUMO (Lopez et al. 2018).
 
-    Road: ``lanes`` through lanes; an on-ramp joins over an acceleration lane on segment 2; the leftmost lane ends
-    after the last segment. Drivers follow Krauss (1998) and change lanes by LC2013 (Erdmann 2014). The CAV share of
-    0.9 is that of arXiv 2512.06982. A vehicle may break down on a lane; the dispatcher sends plain English.
+    Road: ``lanes`` through lanes; an on-ramp joins over an acceleration lane on segment 2; a leftmost lane ends before
+    the segments (small) or after them (full). Drivers follow Krauss (1998) and change lanes by LC2013 (Erdmann 2014).
+    The CAV share of 0.9 is that of arXiv 2512.06982. A vehicle may break down on a lane; the dispatcher sends plain
+    English.
 
     Observation, a Dict of five sources (S controlled segments, L lanes, A = S + L + 1 actions):
         traffic: vector (4 (S + 1) + 2 S L + 2,): density (1 = 80 veh/km/lane), mean speed (1 = 27.78 m/s), spread of
@@ -85,7 +86,7 @@ class MixedTrafficEnv(gym.Env):
     disobedience (mean share, 0 to 1). ``info["state"]``: privileged truth, see ``task_card.state_names``.
 
     Args:
-        scene: ``"full"``, 1.9 km, or ``"small"``, 0.9 km with an incident in every episode, for short searches.
+        scene: ``"full"``, 1.9 km, or ``"small"``, 0.7 km with an incident in every episode, for short searches.
             Arguments left None take the scene's value (``SCENES``).
         lanes: through lanes, 2 to 8.
         cav_share: share of CAVs in the demand, 0 to 1.
