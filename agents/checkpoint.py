@@ -100,7 +100,7 @@ def load(folder: str | Path, env_kwargs: Mapping[str, Any] | None = None) -> Age
     spec = EncoderSpec.load(folder / "encoder.json", card)
     table = TextTable(request.text_model, strings)
     ppo = request.protocol.ppo
-    policy = CompositePolicy(encoder_space(card), card.action_space, lambda _: 0.0,
+    policy = CompositePolicy(encoder_space(card), card.action_space, lambda _: 0.0, use_sde=ppo.use_sde,
                              **policy_kwargs(spec, card, table, ppo.head, ppo.log_std_init))
     try:
         state = load_file(folder / "policy.safetensors")

@@ -27,6 +27,9 @@ class PPOConfig(BaseModel):
     vf_coef: float = Field(0.5, ge=0, description="weight of the value loss")
     max_grad_norm: float = Field(0.5, gt=0, description="gradient clipping")
     head: tuple[int, ...] = Field((64,), description="hidden layers of actor and critic after the encoder")
+    use_sde: bool = Field(False, description="state-dependent exploration (gSDE, Raffin et al. 2021) instead of fresh "
+                                             "noise in every step; for continuous actions")
+    sde_sample_freq: int = Field(-1, ge=-1, description="steps after which gSDE draws new noise; -1: once a rollout")
     log_std_init: float = Field(-0.7, description="initial log standard deviation of a continuous policy")
 
 
@@ -38,7 +41,7 @@ class Protocol(BaseModel):
     steps: int = Field(10_000, ge=1, description="environment steps of training per candidate")
     eval_episodes: int = Field(10, ge=1, description="evaluation episodes, on held-out seeds, greedy actions")
     eval_seed: int = Field(1_000_000, ge=0, description="seed of the first evaluation episode; the others follow")
-    ppo: PPOConfig = PPOConfig()  # type: ignore[call-arg]
+    ppo: PPOConfig = PPOConfig()
 
 
 class RunRequest(BaseModel):
@@ -90,7 +93,7 @@ class Evaluation(BaseModel):
     episode_seeds: list[int] = []
     curve: list[tuple[int, float]] = []
     probes: dict[str, dict[str, float]] = {}
-    cost: Cost = Cost()  # type: ignore[call-arg]
+    cost: Cost = Cost()
     seed: int = 0
     versions: dict[str, str] = {}
 

@@ -53,6 +53,7 @@ def make_model(spec: EncoderSpec, card: TaskCard, table: TextTable, env: Any, pr
         n_steps=p.n_steps, batch_size=min(p.batch_size, p.n_steps * p.n_envs), n_epochs=p.n_epochs,
         learning_rate=p.learning_rate, gamma=p.gamma, gae_lambda=p.gae_lambda, clip_range=p.clip_range,
         ent_coef=p.ent_coef, vf_coef=p.vf_coef, max_grad_norm=p.max_grad_norm,
+        use_sde=p.use_sde, sde_sample_freq=p.sde_sample_freq,
         policy_kwargs=policy_kwargs(spec, card, table, p.head, p.log_std_init), seed=seed, device="auto", verbose=0)
     model.set_logger(Logger(None, []))  # the default one leaves a folder in the temporary directory
     return model
@@ -132,7 +133,7 @@ def run(request: RunRequest, report: Report = lambda _: None, *, start_method: S
 def _run(request: RunRequest, card: TaskCard, spec: EncoderSpec | None, table: TextTable, report: Report,
          start_method: StartMethod | None) -> Evaluation:
     protocol = request.protocol
-    cost = Cost()  # type: ignore[call-arg]
+    cost = Cost()
     model: PPO | None = None
     curve: list[tuple[int, float]] = []
     if spec is not None:

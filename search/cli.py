@@ -63,7 +63,7 @@ def fail(message: str) -> NoReturn:
 def _add_fields(parser: ArgumentParser, model: type[BaseModel], prefix: str = "") -> None:
     """One option per field, nested models as ``--protocol.steps``; without a value it is left to config or default."""
     for name, f in model.model_fields.items():
-        kind = f.annotation
+        kind: Any = f.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             _add_fields(parser, kind, f"{prefix}{name}.")
             continue
