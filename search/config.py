@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lacer.agents.evaluation import Protocol
+from lacer.encoders.limits import Limits
 from lacer.envs import LacerError, TaskCard, did_you_mean
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class SearchConfig(BaseModel):
     timeout: float = Field(7200, gt=0, description="seconds after which a run is ended and counted as failed")
     space: dict[str, list[Any]] = Field({}, description="options by decision, to narrow or widen the search space, "
                                                         "e.g. {'*.mlp.width': [16, 32]}")
+    limits: Limits = Field(Limits(), description="what an encoder may cost; larger proposals are rejected")
     expert: str | None = Field(None, description="encoder.json of the first candidate; default: a sensible one by hand")
     text_model: str = Field("all-MiniLM-L6-v2", description="frozen text model: name, local folder, or hash (none)")
     llm: str | None = Field(None, description="openai:MODEL, anthropic:MODEL, or replay:FILE")
