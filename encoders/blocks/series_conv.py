@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from lacer.encoders.registry import BlockConfig, Features, choice, register_block
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lacer.encoders.registry import BlockConfig, Features, choice, register_block
 
 
 @register_block

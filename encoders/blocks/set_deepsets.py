@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor, nn
+
 from lacer.encoders.layers import SetInput, masked_mean, mlp
 from lacer.encoders.registry import BlockConfig, Features, choice, register_block
-from torch import Tensor, nn
 
 
 @register_block

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from lacer.encoders.layers import as_features, mlp
-from lacer.encoders.registry import BlockConfig, Features, choice, register_block
 from torch import Tensor, nn
+
+from lacer.encoders.layers import as_features, mlp
+from lacer.encoders.registry import BlockConfig, Features, choice, dropout, register_block
 
 
 @register_block
@@ -18,6 +19,7 @@ class SentenceMLPConfig(BlockConfig):
     block: Literal["sentence_mlp"] = "sentence_mlp"
     width: int = choice(32, (16, 32, 64), "units of each layer and of the output")
     depth: int = choice(1, (1, 2), "number of layers")
+    dropout: float = dropout()
 
     def build(self, shape: tuple[int, ...]) -> nn.Module:
         return _SentenceMLP(shape[0], self)
@@ -43,7 +45,8 @@ class _SentenceMLP(nn.Module):
         super().__init__()
         self.dim = c.width
         # Sentence embeddings have unit length, so single numbers are near 0.05: normalise before the first layer.
-        self.net = nn.Sequential(nn.LayerNorm(embedding), mlp(embedding, c.width, c.depth, "relu"))
+        net = mlp(embedding, c.width, c.depth, "relu", dropout=c.dropout)
+        self.net = nn.Sequential(nn.LayerNorm(embedding), net)
 
     def forward(self, x: Tensor) -> Features:
         return as_features(self.net(x))
