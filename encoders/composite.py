@@ -87,6 +87,8 @@ class CompositeEncoder(nn.Module):
         return out
 
     def forward(self, obs: Mapping[str, Tensor]) -> Tensor:
+        if not len(obs[next(iter(self.spec.sources))]):  # attention and Fourier transforms refuse an empty batch
+            return self.fusion(self.encode({n: obs[n].new_zeros(1, *obs[n].shape[1:]) for n in self.spec.sources}))[:0]
         return self.fusion(self.encode(obs))
 
     def parameters_by_module(self) -> dict[str, int]:
@@ -139,8 +141,10 @@ class InputScale(nn.Module):
 
 
 def _check_finite(name: str, x: Tensor) -> None:
+    if not x.is_floating_point() or x.is_meta:
+        return
     # One sum is cheaper than asking every number; it is asked again because a sum of finite numbers can overflow.
-    if x.is_floating_point() and not x.is_meta and not math.isfinite(float(x.detach().sum())) and not x.isfinite().all():
+    if not math.isfinite(float(x.detach().sum())) and not bool(x.isfinite().all()):
         kind = "NaN" if bool(x.isnan().any()) else "infinite"
         rows = (~x.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
         raise LacerError(f"the source {name!r} holds {kind} values in {len(rows)} of {len(x)} observations "

@@ -14,6 +14,8 @@ from lacer.encoders import EncoderSpec, Features, TextTable, build, list_blocks
 from lacer.encoders.composite import CompositeEncoder
 from lacer.envs import LacerError, Objective, SourceSpec, TaskCard
 
+torch.set_num_threads(1)  # small networks: more threads only wait for each other
+
 SHAPES: dict[str, list[tuple[int, ...]]] = {
     "vector": [(1,), (46,)], "series": [(1, 1), (7, 3), (65, 2)], "set": [(1, 2), (9, 4)],
     "image": [(7, 7, 3), (16, 20, 1), (64, 84, 2)], "text": [()],
@@ -93,7 +95,7 @@ def test_block_at_any_shape(modality: str, block: str, shape: tuple[int, ...]) -
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in module.blocks["x"].parameters())
     module.eval()
     with torch.no_grad():
-        if modality not in ("text", "image") or shape[0] <= 16:
+        if modality != "image" or shape[0] <= 16:
             one = torch.cat([module({"x": x[None]}) for x in obs["x"]])
             torch.testing.assert_close(one, module(obs), rtol=1e-4, atol=1e-4)
         assert module({"x": obs["x"][:0]}).shape == (0, module.dim)
