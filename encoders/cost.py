@@ -243,9 +243,10 @@ def _count(encoder: CompositeEncoder, card: TaskCard) -> EncoderCost:
             h.remove()
 
     def cost(name: str, module: nn.Module, kind: str = "") -> ModuleCost:
-        s = seen.get(module, _Seen())
+        children = tuple(cost(n, m) for n, m in module.named_children())
+        s = seen.get(module) or _Seen(flops=sum(c.flops for c in children))  # not called itself: a list of modules
         return ModuleCost(name, kind or type(module).__name__, s.inputs, s.outputs, _parameters(module), s.flops,
-                          tuple(cost(n, m) for n, m in module.named_children()))
+                          children)
 
     spec = encoder.spec
     return EncoderCost(tuple(cost(n, m, spec.sources[n].block if n in spec.sources else spec.fusion.block)
@@ -280,8 +281,8 @@ class _Counter(TorchDispatchMode):
         return out
 
 
-_SAME_SHAPE = frozenset({"relu", "gelu", "silu", "tanh", "sigmoid", "softplus", "exp", "log1p", "abs", "sign", "sin", "cos",
-                         "layer_norm", "dropout", "softmax", "clamp"})
+_SAME_SHAPE = frozenset({"relu", "gelu", "silu", "tanh", "sigmoid", "softplus", "exp", "log1p", "abs", "sign", "sin",
+                         "cos", "layer_norm", "dropout", "softmax", "clamp"})
 _BROADCAST = frozenset({"add", "__radd__", "sub", "__rsub__", "mul", "__rmul__", "div", "__rdiv__", "masked_fill"})
 _RECURRENT = frozenset({"gru", "lstm", "rnn_tanh", "rnn_relu"})
 

@@ -7,6 +7,7 @@ import math
 import pkgutil
 import warnings
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -151,6 +152,9 @@ C = TypeVar("C", bound=BlockConfig)
 _BLOCKS: dict[tuple[str, str], type[BlockConfig]] = {}
 _loaded = False
 
+ENTRY_POINTS = "lacer.blocks"
+"""Group of the entry points by which other packages bring blocks."""
+
 
 def register_block(cls: type[C]) -> type[C]:
     """Class decorator: registers a block config under (``modality``, default of ``block``).
@@ -170,14 +174,31 @@ def register_block(cls: type[C]) -> type[C]:
 
 
 def list_blocks(modality: str | None = None) -> dict[tuple[str, str], type[BlockConfig]]:
-    """Registered blocks, of one modality or of all, sorted by (modality, name)."""
+    """Registered blocks, of one modality or of all, sorted by (modality, name).
+
+    Those of other packages are among them: every entry point in the group ``lacer.blocks`` names a module that
+    registers blocks, or a block config. One that cannot be imported is left out with a warning.
+    """
     global _loaded
     if not _loaded:
+        _loaded = True  # first: a module that is imported here may ask for the blocks itself
         package = importlib.import_module("lacer.encoders.blocks")
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"lacer.encoders.blocks.{module.name}")
-        _loaded = True
+        for entry in metadata.entry_points(group=ENTRY_POINTS):
+            _load(entry)
     return {k: v for k, v in sorted(_BLOCKS.items()) if modality is None or k[0] == modality}
+
+
+def _load(entry: metadata.EntryPoint) -> None:
+    try:
+        loaded = entry.load()
+        if isinstance(loaded, type) and issubclass(loaded, BlockConfig):
+            register_block(loaded)
+    except (Exception, SystemExit) as e:  # somebody else's code must not be the end of ours
+        origin = "" if entry.dist is None else f" of the package {entry.dist.name} {entry.dist.version}"
+        warnings.warn(f"the blocks of the entry point {entry.name} = {entry.value}{origin} are left out: "
+                      f"{type(e).__name__}: {e}", stacklevel=2)
 
 
 def parse_block(modality: str, data: Any, where: str) -> BlockConfig:

@@ -46,7 +46,7 @@ FINAL_SEEDS = 500_000
 
 MAX_REJECTIONS = 50
 """Rejected proposals in a row after which a search ends: the designer has nothing new to offer. With limits on the
-encoder ten times as many, because a proposal that breaks them says nothing about the next one."""
+encoder ten times as many (an LLM's aside, which cost money), because designers do not know the limits."""
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,6 @@ def plan(config: SearchConfig) -> Plan:
         raise LacerError(f"the expert's encoder is not part of the search space: {e}. Widen the space, or give "
                          "another one with --expert encoder.json") from None
     lacer.encoders.build(expert, card, lacer.encoders.TextTable("hash"))
-    try:
-        config.limits.check(expert, card, config.text_model)
-    except LacerError as e:
-        raise LacerError(f"the expert's encoder, the first candidate, breaks the limits: {e}. Raise the limits, or give "
-                         "a smaller one with --expert encoder.json") from None
     return Plan(config, card, space, point, name)
 
 
@@ -186,6 +181,12 @@ def _search(config: SearchConfig, folder: Path | None, quiet: bool, fresh: bool)
     if fresh and folder.exists():
         raise LacerError(f"{folder} exists already. To go on with it: lacer search --resume "
                          f"{shlex.quote(str(folder))}. To start anew: choose another folder with --out.")
+    if fresh:
+        try:
+            config.limits.check(checked.space.to_spec(checked.expert), checked.card, config.text_model)
+        except LacerError as e:
+            raise LacerError(f"the expert's encoder, the first candidate, breaks the limits: {e}. Raise the limits, or "
+                             "give a smaller one with --expert encoder.json") from None
     designer = make_designer(checked, folder)
     try:
         folder.mkdir(parents=True, exist_ok=not fresh)
@@ -317,7 +318,7 @@ class _Driver:
         if not study.trials:
             pending.append(study.start(Proposal(self.plan.expert, "expert", "a sensible encoder made by hand")))
         asker = _Asker(self.designer, study)
-        rejected_in_a_row, patience = 0, MAX_REJECTIONS * (10 if c.limits else 1)
+        rejected_in_a_row, patience = 0, MAX_REJECTIONS * (10 if c.limits and not self.designer.needs_llm else 1)
         while True:
             counted = sum(t.status != "rejected" for t in study.trials)
             while pending and pool.free:

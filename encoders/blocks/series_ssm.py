@@ -72,7 +72,7 @@ class _Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         u = self.norm(x).transpose(1, 2)
-        with torch.autocast(u.device.type, enabled=False):  # transforms and complex numbers need single precision
+        with torch.autocast("cpu" if u.is_meta else u.device.type, enabled=False):  # complex numbers: single precision
             u = u.float()
             n = 2 * self.length  # twice the length: the convolution must not wrap around
             y = torch.fft.irfft(torch.fft.rfft(u, n) * torch.fft.rfft(self.kernel(), n), n)[..., :self.length]
