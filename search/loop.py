@@ -32,7 +32,7 @@ from lacer.search.designers.base import Designer, designer_class
 from lacer.search.executors import ProcessPool
 from lacer.search.outcome import EXPERT, NOOP, WINNER, Outcome
 from lacer.search.progress import Display, clock, result_line
-from lacer.search.space import EncoderSpace, Point
+from lacer.search.space import EncoderSpace, Point, load_space, read_space
 from lacer.search.study import Proposal, Study, Trial, sqlite_url
 from lacer.search.tracking import TensorBoard, WandB, wandb_mode
 
@@ -98,8 +98,8 @@ def plan(config: SearchConfig) -> Plan:
     if cls.needs_llm and not config.llm:
         raise LacerError(f"the designer {name!r} needs an LLM: add e.g. --llm openai:MODEL (and OPENAI_API_KEY, or "
                          "--llm-base-url for a local server), or choose one that needs none, see `lacer designers`")
-    space = EncoderSpace(card, config.space)
-    expert = expert_spec(card, config.expert)
+    space = load_space(config.space, card)
+    expert = space.expert if space.expert is not None and config.expert is None else expert_spec(card, config.expert)
     try:
         point = space.from_spec(expert)
     except LacerError as e:
@@ -174,6 +174,8 @@ def resumed(folder: Path, changes: dict[str, Any]) -> SearchConfig:
 
 
 def _search(config: SearchConfig, folder: Path | None, quiet: bool, fresh: bool) -> SearchResult:
+    if isinstance(config.space, str):  # its content is kept with the run: a file may change before the run is resumed
+        config = config.model_copy(update={"space": read_space(config.space)})
     checked = plan(config)
     if folder is None:
         name = checked.card.env_id.split("/")[-1].split(":")[-1]

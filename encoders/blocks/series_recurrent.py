@@ -56,6 +56,6 @@ class _LSTM(nn.Module):
         self.lstm = nn.LSTM(features, c.width, c.depth, batch_first=True)
 
     def forward(self, x: Tensor) -> Features:
-        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # oneDNN has no bfloat16 LSTM on many CPUs
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # oneDNN: no bfloat16
             steps, _ = self.lstm(x.float())
         return Features(steps[:, -1], steps)

@@ -13,30 +13,30 @@ from lacer.encoders.registry import Features, FusionConfig, choice, modality_dro
 
 
 @register_block
-class ExpertsConfig(FusionConfig):
+class MixtureConfig(FusionConfig):
     """Several small networks over all sources, weighted by the situation; good where situations differ in kind."""
 
     paper: ClassVar[str] = "Jacobs et al. 1991; soft weights, as in Obando-Ceron et al. 2024 for RL"
-    block: Literal["experts"] = "experts"
+    block: Literal["mixture"] = "mixture"
     width: int = choice(64, (16, 32, 64), "units of each layer and of the state")
-    experts: int = choice(4, (2, 4, 8), "number of networks")
+    members: int = choice(4, (2, 4, 8), "number of networks")
     depth: int = choice(1, (1, 2), "layers of each network")
     modality_dropout: float = modality_dropout()
 
     def build_fusion(self, dims: Mapping[str, int]) -> nn.Module:
-        return _Experts(dims, self)
+        return _Mixture(dims, self)
 
 
-class _Experts(nn.Module):
-    def __init__(self, dims: Mapping[str, int], c: ExpertsConfig) -> None:
+class _Mixture(nn.Module):
+    def __init__(self, dims: Mapping[str, int], c: MixtureConfig) -> None:
         super().__init__()
         self.dim = c.width
         self.drop = ModalityDropout(c.modality_dropout)
         total = sum(dims.values())
-        self.gate = nn.Linear(total, c.experts)
-        # All experts' layers in one tensor each: (experts, in, out), the bias as one more input.
+        self.gate = nn.Linear(total, c.members)
+        # All members' layers in one tensor each: (members, in, out), the bias as one more input.
         self.layers = nn.ParameterList(
-            torch.empty(c.experts, d + 1, c.width).uniform_(-1, 1) * (3 / (d + 1)) ** 0.5
+            torch.empty(c.members, d + 1, c.width).uniform_(-1, 1) * (3 / (d + 1)) ** 0.5
             for d in [total, *[c.width] * (c.depth - 1)])
 
     def forward(self, features: dict[str, Features]) -> Tensor:
