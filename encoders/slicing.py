@@ -40,6 +40,9 @@ Dims = Mapping[str, int]
 Build = Callable[[BlockConfig, Dims], nn.Module]
 """Network of a config; for a fusion with these widths of the sources, for a source block they are empty."""
 
+Places = Tensor | int | None
+"""Places along an axis: these, as many from the start, or all."""
+
 MAX_CHUNKS = 8
 FAILURES = (LacerError, ValueError, RuntimeError, KeyError, TypeError)
 
@@ -117,8 +120,8 @@ class _Axis:
     sources: tuple[str, ...] = ()
     rows: bool = False
 
-    def index(self, size: int, shared: int, dims: Dims, widest: Dims) -> Tensor | None:
-        """Places of the shared axis that a variant with an axis of ``size`` takes; None: all of them."""
+    def index(self, size: int, shared: int, dims: Dims, widest: Dims) -> Places:
+        """Places of the shared axis that a variant with an axis of ``size`` takes."""
         total = sum(widest[s] for s in self.sources)
         used = [s for s in dims if s in self.sources]
         if self.sources and size == shared // total * sum(dims[s] for s in used) + shared % total:
@@ -132,6 +135,8 @@ class _Axis:
         if size == shared:
             return None
         k = self.chunks if size % self.chunks == 0 and shared % self.chunks == 0 else 1
+        if k == 1:
+            return size
         return (torch.arange(k)[:, None] * (shared // k) + torch.arange(size // k)).flatten()
 
 
@@ -172,14 +177,14 @@ class SharedWeights(nn.Module):
         self.dim = probe.dim
         self.weights = nn.ParameterDict(_initial(shapes, origin, build))
 
-    def slices(self, module: nn.Module, config: BlockConfig, dims: Dims) -> dict[str, tuple[str, list[Tensor | None]]]:
+    def slices(self, module: nn.Module, config: BlockConfig, dims: Dims) -> dict[str, tuple[str, list[Places]]]:
         """For every parameter of a variant, by path: the shared tensor and the places of it that the variant takes.
 
         Raises:
             LacerError: if the variant is not among the options that were declared.
         """
         family = self._families.get(self._kind(config), "?")
-        out: dict[str, tuple[str, list[Tensor | None]]] = {}
+        out: dict[str, tuple[str, list[Places]]] = {}
         for path, (name, p, _) in identify(module).items():
             axes = self._axes.get(f"{family}{name}")
             key = "" if axes is None else self._key(family, name, config)
@@ -190,11 +195,13 @@ class SharedWeights(nn.Module):
                                for a, n, m in zip(axes, p.shape, self.weights[key].shape, strict=True)])
         return out
 
-    def take(self, key: str, index: list[Tensor | None]) -> Tensor:
+    def take(self, key: str, index: list[Places]) -> Tensor:
         """A variant's tensor, as a function of the shared one."""
         w: Tensor = self.weights[key]
         for axis, places in enumerate(index):
-            if places is not None:
+            if isinstance(places, int):
+                w = w.narrow(axis, 0, places)
+            elif places is not None:
                 w = w.index_select(axis, places.to(w.device))
         return w
 

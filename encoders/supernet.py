@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from lacer.encoders.composite import CompositeEncoder, build
 from lacer.encoders.registry import FUSION, BlockConfig, Features, FusionConfig, list_blocks
-from lacer.encoders.slicing import FAILURES, BlockChoices, SharedWeights
+from lacer.encoders.slicing import FAILURES, BlockChoices, Places, SharedWeights
 from lacer.encoders.spec import EncoderSpec
 from lacer.encoders.text import TextTable
 from lacer.envs import LacerError, TaskCard
@@ -426,7 +426,7 @@ class _Child:
     """A variant: a network without weights, and where the shared ones are."""
 
     def __init__(self, spec: EncoderSpec, encoder: CompositeEncoder,
-                 slices: dict[str, tuple[str, str, list[Tensor | None]]]) -> None:
+                 slices: dict[str, tuple[str, str, list[Places]]]) -> None:
         self.spec, self.encoder, self.slices = spec, encoder, slices
         self.device = torch.device("cpu")
         for module in encoder.modules():

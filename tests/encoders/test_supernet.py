@@ -32,7 +32,7 @@ from lacer.encoders import (
 )
 from lacer.encoders.layers import as_features
 from lacer.encoders.slicing import BlockChoices, SharedWeights
-from lacer.encoders.supernet import DartsSupernet, SharedSupernet, SupernetOptions
+from lacer.encoders.supernet import DartsSupernet, SharedSupernet, SupernetOptions, _shape
 from lacer.envs import LacerError, TaskCard
 from lacer.envs.known_sources import KnownSourcesEnv
 from lacer.envs.vec import make_vec
@@ -89,7 +89,7 @@ def some_spec(held: SupernetOptions, rng: np.random.Generator, size: str = "any"
 
     used: dict[str, BlockConfig] = {}
     while not used:
-        used = {n: pick(b, lambda c, n=n: c.build((TABLE.dim,) if n == "words" else CARD.sources[n].shape))
+        used = {n: pick(b, lambda c, n=n: c.build(_shape(CARD, n, TABLE)))
                 for n, b in held.sources.items() if n not in held.optional or rng.random() < 0.5}
     names = list(used)
     condition = names[rng.integers(len(names))]
