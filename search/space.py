@@ -324,15 +324,18 @@ class EncoderSpace(SearchSpace):
             ``{"series:*.block": ["gru"], "*.mlp.width": [8, 16], "fusion.*.modality_dropout": [0.0]}``. The more exact
             key wins, first by source, then by block. Keys with a ``*`` may match nothing here, if they could elsewhere.
         optional_sources: whether a source may be left out.
-        expert: the first candidate that goes with this space, None: the general one.
+
+    Attributes:
+        expert: the first candidate that goes with this space, if :func:`load_space` found one; None: the general one.
 
     Raises:
         LacerError: unknown decisions in ``narrow`` ("did you mean"), or values that a block does not accept.
     """
 
     def __init__(self, card: TaskCard, narrow: Mapping[str, Sequence[Any]] | None = None,
-                 optional_sources: bool = True, expert: EncoderSpec | None = None) -> None:
-        self.card, self.expert = card, expert
+                 optional_sources: bool = True) -> None:
+        self.card = card
+        self.expert: EncoderSpec | None = None
         given = _Narrowing(narrow or {}, card)
         decisions: list[Decision] = []
         for part, modality in [*((name, s.modality) for name, s in card.sources.items()), (FUSION, FUSION)]:
@@ -533,10 +536,10 @@ def load_space(space: str | Path | Mapping[str, Any], card: TaskCard) -> Encoder
             kind = "true or false" if _KEYS[key] is bool else "a mapping"
             raise LacerError(f"{where or 'space: '}{key} must be {kind}, not {str(value)[:80]!r}")
     try:
-        expert = expert_by_modality(data["expert"], card) if "expert" in data else None
-        made = EncoderSpace(card, data.get("decisions"), data.get("optional_sources", True), expert)
-        if expert is not None:
-            made.from_spec(expert)
+        made = EncoderSpace(card, data.get("decisions"), data.get("optional_sources", True))
+        if "expert" in data:
+            made.expert = expert_by_modality(data["expert"], card)
+            made.from_spec(made.expert)
     except LacerError as e:
         raise LacerError(f"{where}{e}") from None
     return made
