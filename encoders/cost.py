@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -96,7 +97,7 @@ def predict(spec: EncoderSpec, card: TaskCard, text: str | int = MINILM) -> Enco
         return _count(_build(spec, card, width, "meta"), card)
     except Exception:  # whatever a block that needs values raises; one that cannot be built at all fails again below
         encoder = _build(spec, card, width, "cpu")
-        with _decomposed():
+        with unfused():
             return _count(encoder, card)
 
 
@@ -346,13 +347,13 @@ class _Shortcuts(TorchFunctionMode):
 
 
 @contextmanager
-def _decomposed() -> Iterator[None]:
-    """No fused kernels, so that all that they compute is seen by a counter."""
+def unfused() -> Iterator[None]:
+    """A context without fused CPU kernels, in which torch's own FLOP counter sees all that is computed."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with (torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
-              torch.backends.mkldnn.flags(enabled=False)):
+        with (warnings.catch_warnings(action="ignore"), torch.backends.mkldnn.flags(enabled=False),
+              torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
