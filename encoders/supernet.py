@@ -29,6 +29,9 @@ from lacer.encoders.text import TextTable
 from lacer.envs import LacerError, TaskCard
 
 UNUSED = "unused"
+Fusion = tuple[FusionConfig, str | None]
+"""A fusion and the source that conditions it, if it needs one."""
+
 CONDITION = "routing.condition"
 
 
@@ -80,13 +83,13 @@ class SupernetOptions:
             tuple(s for s in given.get(CONDITION, card.sources) if s in card.sources))
 
     def candidates(self, card: TaskCard, table: TextTable | None = None, per_block: int | None = 1,
-                   ) -> tuple[dict[str, list[BlockConfig | None]], list[FusionConfig]]:
+                   ) -> tuple[dict[str, list[BlockConfig | None]], list[Fusion]]:
         """Single configs for :class:`DartsSupernet`, whose cost grows with their number.
 
         Args:
             card, table: the task; configs that cannot be built for it are left out.
             per_block: how many of a block's configs: the default one (if it is an option), then the others evenly
-                spaced. None: all of them.
+                spaced. None: all of them. A conditioned fusion comes once for every source that may condition it.
         """
         def some(choices: BlockChoices, place: str | None) -> Iterator[BlockConfig]:
             every = list(dict.fromkeys(choices.configs()))
@@ -104,7 +107,9 @@ class SupernetOptions:
             sources[name] = [c for b in blocks for c in some(b, name)]
             if name in self.optional:
                 sources[name].append(None)
-        return sources, [cast(FusionConfig, c) for b in self.fusion for c in some(b, None)]
+        fusions = [cast(FusionConfig, c) for b in self.fusion for c in some(b, None)]
+        conditions = [s for s in self.conditions if s in sources]
+        return sources, [(f, c) for f in fusions for c in (conditions if f.conditioned else [None])]
 
     def _buildable(self, config: BlockConfig, card: TaskCard, place: str | None, table: TextTable | None) -> bool:
         shape = None if place is None else _shape(card, place, table)
@@ -137,13 +142,12 @@ class DartsSupernet(nn.Module):
     - "Unused" (None) is an option whose output is zero. Because the others have unit scale, its probability is exactly
       the share by which the source is turned down, and it gains when less of the source serves the task; it is neither
       excluded from the final choice, as in DARTS, nor favoured: all alphas start at zero.
-    - Fusion options get all sources; their outputs are projected to the widest and normalised likewise. A fusion that
-      is conditioned on a source stands once for every source.
+    - Fusion options get all sources; their outputs are projected to the widest and normalised likewise.
 
     Args:
         card: the task.
         sources: options of every source, None for "unused"; a source that is missing is never used.
-        fusion: fusion options.
+        fusion: fusion options, each with the source that conditions it or None.
         table: embeddings of the strings seen; needed with a text source.
 
     Raises:
@@ -151,7 +155,7 @@ class DartsSupernet(nn.Module):
     """
 
     def __init__(self, card: TaskCard, sources: Mapping[str, Sequence[BlockConfig | None]],
-                 fusion: Sequence[FusionConfig], table: TextTable | None = None) -> None:
+                 fusion: Sequence[Fusion], table: TextTable | None = None) -> None:
         super().__init__()
         self.card, self.table = card, table
         self.sources: dict[str, list[BlockConfig | None]] = {
@@ -161,8 +165,7 @@ class DartsSupernet(nn.Module):
             del self.sources[name]
         if not used or not fusion:
             raise LacerError("a supernet needs at least one block for some source and at least one fusion")
-        self.fusions: list[tuple[FusionConfig, str | None]] = [
-            (f, c) for f in dict.fromkeys(fusion) for c in (used if f.conditioned else [None])]
+        self.fusions: list[Fusion] = list(dict.fromkeys(fusion))
         # One row of the options after the other is a composite encoder, of which only the blocks are wanted.
         self.rows = nn.ModuleList()
         blocks = {n: [o for o in options if o is not None] for n, options in self.sources.items()}
@@ -244,22 +247,22 @@ class DartsSupernet(nn.Module):
                             for w, fusion, project in zip(p, self.fusion, self.fusion_project, strict=True)]).sum(0)
 
     def argmax_spec(self) -> EncoderSpec:
-        """The encoder of the most probable options (with at least one source: the one least surely unused)."""
-        with torch.no_grad():
-            best = {n: int(self._p(n).argmax()) for n in self.sources}
-            if all(self.sources[n][i] is None for n, i in best.items()):
-                def second(name: str) -> tuple[float, int]:
-                    p = [-1.0 if o is None else float(q) for o, q in zip(
-                        self.sources[name], self._p(name), strict=True)]
-                    return max(p), p.index(max(p))
-                name = max(self.sources, key=lambda n: second(n)[0] / float(self._p(n)[best[n]]))
-                best[name] = second(name)[1]
-            used = {n: block for n, i in best.items() if (block := self.sources[n][i]) is not None}
-            order = self._p(FUSION).argsort(descending=True, stable=True).tolist()
-        fits = [self.fusions[i] for i in order if self.fusions[i][1] in (None, *used)]
-        if not fits:  # every fusion is conditioned, on sources that are not used: possible only with one of them
-            raise LacerError("no fusion option fits the sources that are used")
-        return EncoderSpec(used, fits[0][0], fits[0][1])
+        """The encoder of the most probable options.
+
+        A fusion conditioned on a source that is not used is passed over. If no source would be used, the one that is
+        least surely unused is; likewise among the sources of the fusions if these are all conditioned on unused ones.
+        """
+        p = {n: self._p(n).tolist() for n in (*self.sources, FUSION)}
+        best = {n: max(zip(p[n], options, strict=True), key=lambda x: x[0])[1] for n, options in self.sources.items()}
+        conditions = [c for _, c in self.fusions]
+        if not any(c is None or best[c] for c in conditions) or not any(best.values()):
+            most = {n: max((q, i) for i, q in enumerate(p[n]) if options[i] is not None)
+                    for n, options in self.sources.items() if None in conditions or n in conditions}
+            name = max(most, key=lambda n: most[n][0] / max(p[n]))
+            best[name] = self.sources[name][most[name][1]]
+        used = {n: block for n, block in best.items() if block is not None}
+        _, i = max((q, -i) for i, q in enumerate(p[FUSION]) if conditions[i] in (None, *used))
+        return EncoderSpec(used, *self.fusions[-i])
 
     def child(self, spec: EncoderSpec | None = None) -> CompositeEncoder:
         """The plain encoder of a spec whose blocks are options here (default: :meth:`argmax_spec`), with their weights.

@@ -289,6 +289,16 @@ def test_argmax() -> None:
     assert net.child(spec)(OBS).shape[0] == 3
     with pytest.raises(LacerError, match="does not hold"):
         net.child(EncoderSpec({"trend": list_blocks()["series", "lstm"]()}, spec.fusion, "trend"))
+    with torch.no_grad():
+        net.alphas["source_position"][0] = 3.0
+    assert list(net.argmax_spec().sources) == ["position"]
+    films = [(f, c) for f, c in fusions if c not in (None, "position")]
+    net = DartsSupernet(CARD, sources, films, TABLE)
+    with torch.no_grad():
+        for name in sources:
+            net.alphas[f"source_{name}"][-1] = 1.0
+        net.alphas["source_position"][0] = 3.0
+    assert {"position", net.argmax_spec().condition} == set(net.argmax_spec().sources)
     with pytest.raises(LacerError, match="at least one block"):
         DartsSupernet(CARD, {"trend": [None]}, fusions, TABLE)
 
@@ -298,14 +308,23 @@ def test_options_of_a_search_space() -> None:
     held = options({d.name: d.options for d in space.decisions})
     assert held.optional == set(CARD.sources) - {"trend"}
     assert held.sources["trend"][0].fields["width"] == (8, 32)
-    sources, _ = held.candidates(CARD, TABLE, per_block=None)
-    assert [c.width for c in sources["trend"] if c] == [8, 8, 32, 32]  # type: ignore[attr-defined]
+    sources, fusions = held.candidates(CARD, TABLE, per_block=2)
+    assert len(sources["position"]) == 2 * len(list_blocks("vector")) + 1
     assert sources["position"][-1] is None
-    sources, fusions = held.candidates(CARD, TABLE, per_block=3)
-    assert len(sources["position"]) <= 3 * len(list_blocks("vector")) + 1
-    assert len({f.block for f in fusions}) == len(list_blocks(FUSION))
-    spec = space.to_spec(space.sample(np.random.default_rng(0)))
-    assert set(spec.sources) <= set(held.sources)
+    assert len({f.block for f, _ in fusions}) == len(list_blocks(FUSION))
+    sources, _ = options(SMALL).candidates(CARD, TABLE, per_block=None)
+    assert [(c.width, c.depth) for c in sources["trend"] if c] == [  # type: ignore[attr-defined]
+        (8, 1), (8, 2), (16, 1), (16, 2)]
+
+
+def test_points_of_a_search_space_are_children() -> None:
+    space = EncoderSpace(CARD, {**{k: v for k, v in SMALL.items() if not k.startswith("fusion.attention")},
+                                "fusion.block": ["film", "concat"], "routing.condition": ["trend"]})
+    net = SharedSupernet(CARD, options({d.name: d.options for d in space.decisions}), TABLE)
+    rng = np.random.default_rng(0)
+    for _ in range(8):
+        check_child(net, space.to_spec(space.sample(rng)))
+    assert [n for n in net.shared if n.startswith("fusion/film")] == ["fusion/film/trend"]
 
 
 class _Blind(nn.Module):
@@ -382,7 +401,7 @@ def test_alpha_finds_the_better_option(foreign: Any) -> None:
     concat = blocks[FUSION, "concat"](width=16)
     assert isinstance(concat, FusionConfig)
     net = DartsSupernet(CARD, {"position": [blind(), blocks["vector", "linear"](width=8), None],
-                               "trend": [blocks["series", "gru"](width=8), None]}, [concat])
+                               "trend": [blocks["series", "gru"](width=8), None]}, [(concat, None)])
     head = nn.Linear(net.dim, 1)
     optimizer = torch.optim.Adam([{"params": [*net.weight_parameters(), *head.parameters()], "lr": 3e-3},
                                   {"params": net.arch_parameters(), "lr": 2e-2}])
