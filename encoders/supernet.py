@@ -213,6 +213,8 @@ class DartsSupernet(nn.Module):
         return self.alphas[_alpha(part) if part in self.sources else FUSION].softmax(0)
 
     def forward(self, obs: Mapping[str, Tensor]) -> Tensor:
+        if not len(obs[next(iter(self.sources))]):  # attention and Fourier transforms refuse an empty batch
+            return self.fuse(self.encode({n: obs[n].new_zeros(1, *obs[n].shape[1:]) for n in self.sources}))[:0]
         return self.fuse(self.encode(obs))
 
     def encode(self, obs: Mapping[str, Tensor]) -> dict[str, Features]:

@@ -271,6 +271,23 @@ def test_padding_changes_no_mixture() -> None:
     torch.testing.assert_close(net(dirty), net(OBS))
 
 
+def test_hard_inputs() -> None:
+    held = options(SMALL)
+    shared = SharedSupernet(CARD, held, TABLE)
+    shared.set_active(some_spec(held, np.random.default_rng(0), "largest"))
+    nobody = {k: v.clone() for k, v in OBS.items()}
+    nobody["crowd"].zero_()
+    for net in (shared, DartsSupernet(CARD, *held.candidates(CARD, TABLE), TABLE)):
+        assert net({k: v[:0] for k, v in OBS.items()}).shape == (0, net.dim)
+        assert net(nobody).isfinite().all()
+        with torch.autocast("cpu", torch.bfloat16):
+            state = net(OBS)
+        state.float().square().sum().backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
+        with pytest.raises(LacerError, match="'trend' holds NaN"):
+            net.eval()({**OBS, "trend": OBS["trend"] * float("nan")})
+
+
 def test_argmax() -> None:
     held = options({**SMALL, "position.block": ["linear", "unused"], "trend.block": ["gru", "unused"],
                     "fusion.block": ["concat", "film"]})
