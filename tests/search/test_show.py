@@ -165,8 +165,8 @@ def test_proposals_beyond_the_limits_are_rejected(designer: str, tmp_path: Path)
         size = predict(t.spec, checked.card, "hash").parameters
         assert (size > 20_000) == (t.status == "rejected")
         if t.status == "rejected":
-            assert re.search(rf"too large: {size:,} parameters, and the limit is 20,000.*most of it is (sources|fusion)",
-                             t.reason)
+            assert f"too large: {size:,} parameters, and the limit is 20,000" in t.reason
+            assert re.search("most of it is (sources|fusion)", t.reason)
 
 
 def test_limits_in_the_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
