@@ -14,7 +14,7 @@ from lacer.encoders.registry import Features, FusionConfig, choice, modality_dro
 
 @register_block
 class CrossAttentionConfig(FusionConfig):
-    """Learned queries collect what they need from the tokens of all sources; cheaper than `attention` if many."""
+    """Learned queries collect what they need from all sources' tokens; cheaper than `attention` with many of them."""
 
     paper: ClassVar[str] = "Jaegle et al. 2021 (Perceiver)"
     block: Literal["cross_attention"] = "cross_attention"
