@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor
 
 from lacer.encoders import CompositeEncoder, EncoderSpec, TextTable, build
+from lacer.encoders.supernet import DartsSupernet, SharedSupernet
 from lacer.envs import TaskCard
 
 
@@ -24,6 +26,23 @@ class CompositeExtractor(BaseFeaturesExtractor):
 
     def forward(self, observations: dict[str, Tensor]) -> Tensor:
         return self.encoder(observations)
+
+
+class SupernetExtractor(BaseFeaturesExtractor):
+    """SB3 features extractor around a supernet (:mod:`lacer.encoders.supernet`).
+
+    Args:
+        observation_space: of the policy.
+        make: builds the supernet; called when the policy is built, that is after SB3 has seeded torch.
+    """
+
+    def __init__(self, observation_space: spaces.Space, make: Callable[[], DartsSupernet | SharedSupernet]) -> None:
+        supernet = make()
+        super().__init__(observation_space, features_dim=supernet.dim)
+        self.supernet = supernet
+
+    def forward(self, observations: dict[str, Tensor]) -> Tensor:
+        return self.supernet(observations)
 
 
 class CompositePolicy(MultiInputActorCriticPolicy):
@@ -42,9 +61,20 @@ class CompositePolicy(MultiInputActorCriticPolicy):
 def policy_kwargs(spec: EncoderSpec, card: TaskCard, table: TextTable, head: tuple[int, ...],
                   log_std_init: float) -> dict[str, Any]:
     """Arguments of :class:`CompositePolicy` for a spec."""
+    return _kwargs(CompositeExtractor, {"spec": spec, "card": card, "table": table}, head, log_std_init)
+
+
+def supernet_policy_kwargs(make: Callable[[], DartsSupernet | SharedSupernet], head: tuple[int, ...],
+                           log_std_init: float) -> dict[str, Any]:
+    """Arguments of :class:`CompositePolicy` for a supernet; see :class:`SupernetExtractor`."""
+    return _kwargs(SupernetExtractor, {"make": make}, head, log_std_init)
+
+
+def _kwargs(extractor: type[BaseFeaturesExtractor], arguments: dict[str, Any], head: tuple[int, ...],
+            log_std_init: float) -> dict[str, Any]:
     return {
-        "features_extractor_class": CompositeExtractor,
-        "features_extractor_kwargs": {"spec": spec, "card": card, "table": table},
+        "features_extractor_class": extractor,
+        "features_extractor_kwargs": arguments,
         "net_arch": {"pi": list(head), "vf": list(head)},
         "normalize_images": False,  # the encoder scales every source by its declared modality
         "log_std_init": log_std_init,

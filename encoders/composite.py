@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import cast
 
@@ -28,9 +29,15 @@ class CompositeEncoder(nn.Module):
         card: the task, for shapes and bounds.
         table: embeddings of the strings seen; needed if a text source is used.
 
+    In evaluation mode, in which SB3 collects and evaluates, inputs are checked to be finite numbers; in training mode,
+    where the same observations come again in every epoch, and on the meta device they are not. ``check_inputs = False``
+    turns the check off, e.g. to trace the network.
+
     Raises:
-        LacerError: if a block cannot be built for its source.
+        LacerError: if a block cannot be built for its source; in forward: NaN or infinite input, naming the source.
     """
+
+    check_inputs = True
 
     def __init__(self, spec: EncoderSpec, card: TaskCard, table: TextTable | None = None) -> None:
         super().__init__()
@@ -51,7 +58,8 @@ class CompositeEncoder(nn.Module):
             except (LacerError, ValueError, RuntimeError, KeyError) as e:
                 raise LacerError(f"sources.{name}: cannot build {config.short()}: {e}") from e
         try:
-            self.fusion = spec.fusion.build_fusion({n: int(cast(int, b.dim)) for n, b in self.blocks.items()})
+            self.fusion = spec.fusion.build_routed({n: int(cast(int, b.dim)) for n, b in self.blocks.items()},
+                                                   spec.condition)
         except (LacerError, ValueError, RuntimeError, KeyError) as e:
             raise LacerError(f"fusion: cannot build {spec.fusion.short()}: {e}") from e
         self.dim = int(cast(int, self.fusion.dim))
@@ -59,12 +67,18 @@ class CompositeEncoder(nn.Module):
     def encode(self, obs: Mapping[str, Tensor]) -> dict[str, Features]:
         """Features of every used source."""
         out: dict[str, Features] = {}
+        check = self.check_inputs and not self.training
         for name, config in self.spec.sources.items():
             x = obs[name]
             if name in self.scale:
-                out[name] = self.blocks[name](self.scale[name](x))
+                scaled = self.scale[name](x)
+                if check:
+                    _check_finite(name, scaled)
+                out[name] = self.blocks[name](scaled)
             else:
                 assert self.table is not None
+                if check:
+                    _check_finite(name, x)
                 index = x.reshape(len(x)).long()
                 if config.text_level == "token":
                     out[name] = self.blocks[name](*self.table.tokens(index))
@@ -73,6 +87,8 @@ class CompositeEncoder(nn.Module):
         return out
 
     def forward(self, obs: Mapping[str, Tensor]) -> Tensor:
+        if not len(obs[next(iter(self.spec.sources))]):  # attention and Fourier transforms refuse an empty batch
+            return self.fusion(self.encode({n: obs[n].new_zeros(1, *obs[n].shape[1:]) for n in self.spec.sources}))[:0]
         return self.fusion(self.encode(obs))
 
     def parameters_by_module(self) -> dict[str, int]:
@@ -122,6 +138,17 @@ class InputScale(nn.Module):
         if self.modality == "set":
             scaled = scaled.masked_fill(~(x[..., :1] > 0.5), 0.0)  # not a product: padding may hold NaN
         return scaled
+
+
+def _check_finite(name: str, x: Tensor) -> None:
+    if not x.is_floating_point() or x.is_meta:
+        return
+    # One sum is cheaper than asking every number; it is asked again because a sum of finite numbers can overflow.
+    if not math.isfinite(float(x.detach().sum())) and not bool(x.isfinite().all()):
+        kind = "NaN" if bool(x.isnan().any()) else "infinite"
+        rows = (~x.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+        raise LacerError(f"the source {name!r} holds {kind} values in {len(rows)} of {len(x)} observations "
+                         f"(the first: {rows[0]})")
 
 
 def build(spec: EncoderSpec, card: TaskCard, table: TextTable | None = None) -> CompositeEncoder:

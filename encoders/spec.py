@@ -13,18 +13,33 @@ from lacer.envs import LacerError, TaskCard, did_you_mean
 
 
 class EncoderSpec:
-    """One block per used source and a fusion block. Immutable; equal specs have equal :attr:`hash`.
+    """One block per used source, a fusion block and the routing. Immutable; equal specs have equal :attr:`hash`.
 
-    A source that is absent from ``sources`` is not used. JSON form::
+    A source that is absent from ``sources`` is not used. ``routing`` names the source that conditions the fusion; it is
+    there only if the fusion block has such a source. JSON form::
 
         {"sources": {"traffic": {"block": "mlp", "width": 64}, ...}, "fusion": {"block": "concat", "width": 64}}
+        {"sources": {...}, "fusion": {"block": "film", "width": 64}, "routing": {"condition": "traffic"}}
+
+    Raises:
+        LacerError: if ``condition`` is not a used source, or is missing or of no effect with this fusion.
     """
 
-    __slots__ = ("_canonical", "fusion", "sources")
+    __slots__ = ("_canonical", "condition", "fusion", "sources")
 
-    def __init__(self, sources: Mapping[str, BlockConfig], fusion: FusionConfig) -> None:
+    def __init__(self, sources: Mapping[str, BlockConfig], fusion: FusionConfig, condition: str | None = None) -> None:
         self.sources = dict(sources)
         self.fusion = fusion
+        self.condition = condition
+        used = ", ".join(self.sources)
+        if fusion.conditioned and condition is None:
+            raise LacerError(f"routing.condition is missing: {fusion.block} needs the source that conditions it, "
+                             f"one of: {used}")
+        if not fusion.conditioned and condition is not None:
+            raise LacerError(f"routing.condition has no effect: {fusion.block} is not conditioned on a source")
+        if condition is not None and condition not in self.sources:
+            raise LacerError(f"routing.condition: the encoder does not use a source {condition[:80]!r}"
+                             f"{did_you_mean(condition[:80], self.sources)} Used: {used}.")
         self._canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
 
     @classmethod
@@ -42,9 +57,9 @@ class EncoderSpec:
         if not isinstance(data, dict):
             raise LacerError("encoder: expected an object with \"sources\" and \"fusion\"")
         for key in data:
-            if key not in ("sources", "fusion"):
+            if key not in ("sources", "fusion", "routing"):
                 raise LacerError(f"encoder has no field {str(key)[:80]!r}"
-                                 f"{did_you_mean(str(key)[:80], ('sources', 'fusion'))}")
+                                 f"{did_you_mean(str(key)[:80], ('sources', 'fusion', 'routing'))}")
         sources = data.get("sources")
         if not isinstance(sources, dict) or not sources:
             raise LacerError("encoder: \"sources\" must name a block for at least one of: " + ", ".join(card.sources))
@@ -59,7 +74,7 @@ class EncoderSpec:
         }
         fusion = parse_block(FUSION, data.get("fusion"), "fusion")
         assert isinstance(fusion, FusionConfig)
-        return cls(parsed, fusion)
+        return cls(parsed, fusion, _condition(data.get("routing")))
 
     @classmethod
     def load(cls, path: str | Path, card: TaskCard) -> EncoderSpec:
@@ -78,6 +93,7 @@ class EncoderSpec:
         return {
             "sources": {name: block.model_dump() for name, block in self.sources.items()},
             "fusion": self.fusion.model_dump(),
+            **({} if self.condition is None else {"routing": {"condition": self.condition}}),
         }
 
     def to_json(self) -> str:
@@ -86,7 +102,8 @@ class EncoderSpec:
 
     def short(self) -> str:
         """The encoder in one line: the blocks, without their hyper-parameters."""
-        return " ".join(f"{name}:{b.block}" for name, b in self.sources.items()) + f" -> {self.fusion.block}"
+        by = "" if self.condition is None else f" by {self.condition}"
+        return " ".join(f"{name}:{b.block}" for name, b in self.sources.items()) + f" -> {self.fusion.block}{by}"
 
     @property
     def hash(self) -> str:
@@ -101,3 +118,18 @@ class EncoderSpec:
 
     def __repr__(self) -> str:
         return f"EncoderSpec({self.short()!r}, {self.hash})"
+
+
+def _condition(routing: Any) -> str | None:
+    """The source named in the ``routing`` of a spec, which may be missing or empty."""
+    if routing is None:
+        return None
+    if not isinstance(routing, dict):
+        raise LacerError('routing: expected an object such as {"condition": "SOURCE"}')
+    for key in routing:
+        if key != "condition":
+            raise LacerError(f"routing has no field {str(key)[:80]!r}{did_you_mean(str(key)[:80], ('condition',))}")
+    condition = routing.get("condition")
+    if condition is not None and not isinstance(condition, str):
+        raise LacerError("routing.condition must be the name of a source")
+    return condition

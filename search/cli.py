@@ -1,4 +1,4 @@
-"""The command line: ``lacer search | train | evaluate | envs | blocks | designers``."""
+"""The command line: ``lacer search | train | evaluate | show | envs | blocks | designers``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 import warnings
 from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from pydantic import BaseModel
@@ -34,7 +34,18 @@ EXAMPLES = {
     "evaluate": """examples:
   lacer evaluate runs/R/best --episodes 20
   lacer evaluate runs/R/best --episodes 50 --seed 7 --json""",
+    "show": """examples:
+  lacer show runs/R/best
+  lacer show my_encoder.json --env lacer/KnownSources-v0 --out picture.svg""",
+    "blocks": """examples:
+  lacer blocks
+  lacer blocks gru
+  lacer blocks set:attention""",
 }
+
+
+NESTED = ("protocol", "ppo", "limits")
+"""Fields of the configuration that are models of their own."""
 
 
 class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -74,6 +85,7 @@ def _add_fields(parser: ArgumentParser, model: type[BaseModel], prefix: str = ""
 
 
 def _metavar(kind: Any) -> str:
+    kind = next((k for k in get_args(kind) if k is not type(None)), kind) if type(None) in get_args(kind) else kind
     if kind in (int, float, str):
         return {int: "N", float: "X", str: "NAME"}[kind]
     return "JSON" if "dict" in str(kind) or "tuple" in str(kind) or "list" in str(kind) else "VALUE"
@@ -84,7 +96,7 @@ def _given(args: Namespace, skip: tuple[str, ...]) -> dict[str, Any]:
     def prune(data: dict[str, Any]) -> dict[str, Any]:
         out = {}
         for k, v in data.items():
-            v = prune(v) if isinstance(v, dict) and k in ("protocol", "ppo") else v
+            v = prune(v) if isinstance(v, dict) and k in NESTED else v
             if v is not None and v != {}:
                 out[k] = v
         return out
@@ -95,7 +107,7 @@ def _given(args: Namespace, skip: tuple[str, ...]) -> dict[str, Any]:
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     out = dict(base)
     for k, v in over.items():
-        out[k] = _merge(out[k], v) if k in ("protocol", "ppo") and isinstance(out.get(k), dict) else v
+        out[k] = _merge(out[k], v) if k in NESTED and isinstance(out.get(k), dict) else v
     return out
 
 
@@ -137,8 +149,18 @@ def _parser() -> _Parser:
                    help="environment arguments that differ from the training")
     p.add_argument("--json", action="store_true", help="print JSON")
 
+    p = command("show", "show an encoder: its modules with shapes, parameters and FLOPs, and a picture")
+    p.add_argument("encoder", metavar="FILE", help="encoder.json, or an agent folder")
+    p.add_argument("--env", default=None, metavar="ID", help="environment id (default: the agent's)")
+    p.add_argument("--env-kwargs", dest="env_kwargs", type=dict | None, default=None, metavar="JSON",
+                   help="constructor arguments of the environment")
+    p.add_argument("--depth", type=int, default=1, metavar="N", help="levels of torch modules shown below a block "
+                   "(default: 1)")
+    p.add_argument("--out", default=None, metavar="PICTURE", help="picture to write, .svg or .png")
+
     command("envs", "list environments")
-    command("blocks", "list the blocks that encoders are made of")
+    p = command("blocks", "list the blocks that encoders are made of, or explain one")
+    p.add_argument("name", nargs="?", default=None, metavar="NAME", help="a block, e.g. gru or series:gru")
     command("designers", "list designers")
     return parser
 
@@ -151,8 +173,8 @@ def main(argv: list[str] | None = None) -> None:
     if os.getcwd() not in sys.path:  # for module:Id in the working folder; last, so that it shadows nothing
         sys.path.append(os.getcwd())
     try:
-        {"search": _search, "train": _train, "evaluate": _evaluate, "envs": _envs, "blocks": _blocks,
-         "designers": _designers}[args.command](args[args.command])
+        {"search": _search, "train": _train, "evaluate": _evaluate, "show": _show, "envs": _envs,
+         "blocks": _blocks, "designers": _designers}[args.command](args[args.command])
     except LacerError as e:
         fail(str(e))
     except KeyboardInterrupt:
@@ -257,10 +279,29 @@ def _envs(_: Namespace) -> None:
     _list(list_envs())
 
 
-def _blocks(_: Namespace) -> None:
+def _blocks(a: Namespace) -> None:
     from lacer.encoders import list_blocks
 
-    _list({f"{modality}:{name}": cls.summary() for (modality, name), cls in list_blocks().items()})
+    if a.name is None:
+        _list({f"{modality}:{name}": cls.summary() for (modality, name), cls in list_blocks().items()})
+        return
+    from lacer.search.show import block_page, find_blocks
+
+    console = Console(highlight=False)
+    for i, cls in enumerate(find_blocks(a.name)):
+        if i:
+            console.print()
+        console.print(block_page(cls))
+
+
+def _show(a: Namespace) -> None:
+    from lacer.search.show import check_picture, encoder_and_task, show
+
+    if a.depth < 0:
+        raise LacerError(f"--depth must be at least 0, not {a.depth}")
+    check_picture(a.out)
+    default = str(SearchConfig.model_fields["env"].default)
+    show(*encoder_and_task(a.encoder, a.env, a.env_kwargs, default), a.depth, a.out)
 
 
 def _designers(_: Namespace) -> None:

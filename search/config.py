@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lacer.agents.evaluation import Protocol
+from lacer.encoders.limits import Limits
 from lacer.envs import LacerError, TaskCard, did_you_mean
 
 if TYPE_CHECKING:
@@ -37,8 +38,10 @@ class SearchConfig(BaseModel):
     final_episodes: int = Field(20, ge=2, description="episodes of the final evaluation, on seeds that took no part "
                                                       "in the search")
     timeout: float = Field(7200, gt=0, description="seconds after which a run is ended and counted as failed")
-    space: dict[str, list[Any]] = Field({}, description="options by decision, to narrow or widen the search space, "
-                                                        "e.g. {'*.mlp.width': [16, 32]}")
+    space: dict[str, Any] | str = Field({}, description="search space: a preset (full, paper, minigrid), a YAML "
+                                                              "file, or options by decision, e.g. {'*.mlp.width': "
+                                                              "[16, 32]}")
+    limits: Limits = Field(Limits(), description="what an encoder may cost; larger proposals are rejected")
     expert: str | None = Field(None, description="encoder.json of the first candidate; default: a sensible one by hand")
     text_model: str = Field("all-MiniLM-L6-v2", description="frozen text model: name, local folder, or hash (none)")
     llm: str | None = Field(None, description="openai:MODEL, anthropic:MODEL, or replay:FILE")
@@ -119,13 +122,13 @@ def expert_spec(card: TaskCard, path: str | None) -> EncoderSpec:
     Raises:
         LacerError: if the file cannot be read or does not fit the task.
     """
-    from lacer.encoders import FUSION, EncoderSpec
+    from lacer.encoders import EncoderSpec
+    from lacer.search.space import expert_by_modality
 
     if path is not None:
         return EncoderSpec.load(path, card)
     blocks = yaml.safe_load((resources.files("lacer.configs") / "expert.yaml").read_text(encoding="utf-8"))
-    return EncoderSpec.parse({"sources": {n: blocks[s.modality] for n, s in card.sources.items()},
-                              "fusion": blocks[FUSION]}, card)
+    return expert_by_modality(blocks, card)
 
 
 def worker_count(config: SearchConfig) -> int:

@@ -11,12 +11,16 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from gymnasium import spaces
 
 from lacer.encoders import FUSION, BlockConfig, EncoderSpec
 from lacer.envs import SourceSpec, TaskCard
+
+if TYPE_CHECKING:
+    from lacer.encoders import EncoderCost, ModuleCost
 
 # Not allowed in XML, or able to reorder the text around them.
 _UNSAFE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u061c\u202a-\u202e\u2066-\u2069\ud800-\udfff"
@@ -27,6 +31,7 @@ MODALITY_COLOURS = {"vector": ("#6a4fc4", "#a893f0"), "series": ("#0e8577", "#45
 """Colour of each modality on a light and on a dark page."""
 
 ENCODER_STYLE = """\
+.lacer-enc{color-scheme:light dark}
 .lacer-enc{font:12px Inter,-apple-system,BlinkMacSystemFont,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
 .lacer-enc text{fill:#1c1f24}.lacer-enc .b{font-weight:600}.lacer-enc .s{font-size:10.5px;fill:#5d646e}
 .lacer-enc .box{fill:#fff;stroke:#cfd3d9}.lacer-enc .off{fill:none;stroke:#b9bec6;stroke-dasharray:3 3}
@@ -92,12 +97,19 @@ class _Word:
     marked: bool
 
 
+def effective(block: BlockConfig) -> dict[str, Any]:
+    """Hyper-parameters of a block, without those that have no effect beside the others."""
+    conditions = block.conditions()
+    return {name: value for name, value in block.model_dump(exclude={"block"}).items()
+            if name not in conditions or getattr(block, conditions[name][0]) in conditions[name][1]}
+
+
 def _fields(block: BlockConfig, other: BlockConfig | None, compared: bool) -> list[_Word]:
     """Hyper-parameters in words; those that differ from the same block elsewhere are marked."""
     same = other is not None and other.block == block.block
     theirs = other.model_dump() if same and other is not None else {}
     words = []
-    for name, value in block.model_dump(exclude={"block"}).items():
+    for name, value in effective(block).items():
         text = f"{'' if value else 'no '}{name}" if isinstance(value, bool) else (
             value if isinstance(value, str) else f"{name} {value}")
         words.append(_Word(str(text).replace("_", " "), compared and same and theirs.get(name) != value))
@@ -148,13 +160,30 @@ def _actions(space: spaces.Space) -> str:
 def _describe(block: BlockConfig) -> str:
     """Tooltip of a block: its summary and what each hyper-parameter does."""
     lines = [f"{block.block}: {type(block).summary()}"]
-    for name, value in block.model_dump(exclude={"block"}).items():
+    for name, value in effective(block).items():
         lines.append(f"{name} = {value}: {type(block).model_fields[name].description or ''}")
     return "\n".join(lines)
 
 
+def _route(spec: EncoderSpec, compare: EncoderSpec | None) -> list[_Word]:
+    """The source that conditions the fusion."""
+    if spec.condition is None:
+        return []
+    same = compare is None or compare.fusion.block != spec.fusion.block or compare.condition == spec.condition
+    return [_Word(f"by {spec.condition}", not same)]
+
+
+def shape_text(shapes: Sequence[tuple[int, ...]]) -> str:
+    """Shapes in a few characters: a vector of 64 and 16 tokens of 64 are ``64 + 16×64``."""
+    return " + ".join("×".join(map(str, s)) or "1" for s in shapes)
+
+
+def _cost_words(cost: ModuleCost) -> list[_Word]:
+    return [_Word(f"→ {shape_text(cost.outputs)}", False), _Word(f"{count(cost.flops)} FLOPs", False)]
+
+
 def encoder_svg(spec: EncoderSpec, card: TaskCard, *, parameters: Mapping[str, int] | None = None,
-                compare: EncoderSpec | None = None) -> str:
+                compare: EncoderSpec | None = None, cost: EncoderCost | None = None, margin: int = 0) -> str:
     """An encoder from its sources to the actor and the critic, as a self-contained SVG.
 
     Args:
@@ -163,18 +192,22 @@ def encoder_svg(spec: EncoderSpec, card: TaskCard, *, parameters: Mapping[str, i
         parameters: trainable parameters by source and of ``fusion``
             (:attr:`lacer.agents.evaluation.Cost.parameters_by_module`).
         compare: another encoder for the same task; what differs from it is marked.
+        cost: predicted cost (:func:`lacer.encoders.predict`); adds shapes and FLOPs, and parameters if not given.
+        margin: room around the picture, for files of their own.
 
     Returns:
         ``<svg>…</svg>``, to be put into a page or saved as a file; follows the reader's light or dark scheme.
     """
-    return draw_encoder(spec, card, parameters, compare, style=True, tooltips=True)
+    return draw_encoder(spec, card, parameters, compare, style=True, tooltips=True, cost=cost, margin=margin)
 
 
 def draw_encoder(spec: EncoderSpec, card: TaskCard, parameters: Mapping[str, int] | None = None,
-                 compare: EncoderSpec | None = None, *, style: bool, tooltips: bool) -> str:
+                 compare: EncoderSpec | None = None, *, style: bool, tooltips: bool,
+                 cost: EncoderCost | None = None, margin: int = 0) -> str:
     """:func:`encoder_svg`, for pages that hold :data:`ENCODER_STYLE` already."""
     compared = compare is not None
-    known = dict(parameters or {})
+    costs = cost.by_name if cost is not None else {}
+    known = dict(parameters or {name: c.parameters for name, c in costs.items()})
     total = max(1, sum(known.values()))
     back: list[str] = []
     out: list[str] = []
@@ -195,6 +228,8 @@ def draw_encoder(spec: EncoderSpec, card: TaskCard, parameters: Mapping[str, int
     for name, source in card.sources.items():
         block, other = spec.sources.get(name), compare.sources.get(name) if compare else None
         lines = _lines(_fields(block, other, compared), 162) if block is not None else []
+        if name in costs:
+            lines += _lines(_cost_words(costs[name]), 162)
         height = max(46.0, 27 + 14 * len(lines) + 9)
         mid = y + height / 2
         switched = compared and (block is None) != (other is None)
@@ -222,8 +257,9 @@ def draw_encoder(spec: EncoderSpec, card: TaskCard, parameters: Mapping[str, int
         y += height + 10
     bottom = y - 10
 
-    words = _fields(spec.fusion, compare.fusion if compare else None, compared)
-    lines = [line for w in words for line in _lines([w], 94)]
+    words = [*_route(spec, compare), *_fields(spec.fusion, compare.fusion if compare else None, compared),
+             *(_cost_words(costs[FUSION]) if FUSION in costs else [])]
+    lines = [line for w in words for line in _lines([w], 120)]
     renamed = compare is not None and compare.fusion.block != spec.fusion.block
     height = max(64.0, 54 + 14 * len(lines), 13.0 * len(ends) + 8)
     top = max(6.0, (6 + bottom) / 2 - height / 2)
@@ -235,25 +271,27 @@ def draw_encoder(spec: EncoderSpec, card: TaskCard, parameters: Mapping[str, int
         back.append(f'<path class="{modality}" fill="none" stroke-width="1.6" stroke-opacity=".75" '
                     f'd="M336 {mid:g}C364 {mid:g} 358 {end:g} 384 {end:g}"/>'
                     f'<path class="{modality}" fill="none" stroke-width="1.6" d="M380 {end - 3:g}l4 3l-4 3"/>')
-    out.append("<g>" + tooltip(_describe(spec.fusion)) + _box(386, top, 114, height, "box diff" if renamed else "box")
-               + _text(396, text_top + 12, "fusion", "s") + amount(FUSION, 490, text_top + 12)
-               + _text(396, text_top + 27, _fit(spec.fusion.block, 96), "b mark" if renamed else "b")
+    out.append("<g>" + tooltip(_describe(spec.fusion)) + _box(386, top, 140, height, "box diff" if renamed else "box")
+               + _text(396, text_top + 12, "fusion", "s") + amount(FUSION, 516, text_top + 12)
+               + _text(396, text_top + 27, _fit(spec.fusion.block, 122), "b mark" if renamed else "b")
                + "".join(_line(line, 396, text_top + 43 + 14 * i) for i, line in enumerate(lines))
-               + share(FUSION, 396, top + height - 5, 94, "tone") + "</g>")
+               + share(FUSION, 396, top + height - 5, 120, "tone") + "</g>")
     for dy, head, what in ((-28, "actor", _actions(card.action_space)), (28, "critic", "1 value")):
         at = middle + dy
         start = middle + dy / 4
-        back.append(f'<path class="wire" d="M500 {start:g}C514 {start:g} 508 {at:g} 522 {at:g}"/>' + _tip(524, at))
-        out.append(_box(524, at - 21, 64, 42) + _text(556, at - 3, head, "b", "middle")
-                   + _text(556, at + 12, _fit(what, 60, 10.5), "s", "middle"))
+        back.append(f'<path class="wire" d="M526 {start:g}C540 {start:g} 534 {at:g} 548 {at:g}"/>' + _tip(550, at))
+        out.append(_box(550, at - 21, 64, 42) + _text(582, at - 3, head, "b", "middle")
+                   + _text(582, at + 12, _fit(what, 60, 10.5), "s", "middle"))
     bottom = max(bottom, middle + 50)
     if known:
         bottom += 22
-        out.append(_text(2, bottom - 2, f"{sum(known.values()):,} trainable parameters before the heads; numbers and "
-                         "bars: each block’s share", "s"))
+        work = "" if cost is None else f"; {count(cost.flops)} FLOPs an observation"
+        out.append(_text(2, bottom - 2, f"{sum(known.values()):,} trainable parameters before the heads (bars: each "
+                         f"block’s share){work}", "s"))
     label = f"Encoder of {card.env_id}: " + "; ".join(
         [*(f"{n}: {b.short()}" for n, b in spec.sources.items()), f"fusion: {spec.fusion.short()}"])
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" class="lacer-enc" viewBox="0 0 590 {bottom + 8:g}" role="img" '
+    box = f"{-margin} {-margin} {616 + 2 * margin} {bottom + 8 + 2 * margin:g}"
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" class="lacer-enc" viewBox="{box}" role="img" '
             f'aria-label="{esc(label)}">' + (f"<style>{ENCODER_STYLE}</style>" if style else "")
             + "".join(back) + "".join(out) + "</svg>")
 

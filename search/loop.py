@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from lacer.search.designers.base import Designer, designer_class
 from lacer.search.executors import ProcessPool
 from lacer.search.outcome import EXPERT, NOOP, WINNER, Outcome
 from lacer.search.progress import Display, clock, result_line
-from lacer.search.space import EncoderSpace, Point
+from lacer.search.space import EncoderSpace, Point, load_space, read_space
 from lacer.search.study import Proposal, Study, Trial, sqlite_url
 from lacer.search.tracking import TensorBoard, WandB, wandb_mode
 
@@ -45,7 +45,8 @@ FINAL_SEEDS = 500_000
 """Distance between the seeds of the evaluation episodes that choose and of those that are reported."""
 
 MAX_REJECTIONS = 50
-"""Rejected proposals in a row after which a search ends: the designer has nothing new to offer."""
+"""Rejected proposals in a row after which a search ends: the designer has nothing new to offer. With limits on the
+encoder ten times as many (an LLM's aside, which cost money), because designers do not know the limits."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,8 @@ def plan(config: SearchConfig) -> Plan:
     if cls.needs_llm and not config.llm:
         raise LacerError(f"the designer {name!r} needs an LLM: add e.g. --llm openai:MODEL (and OPENAI_API_KEY, or "
                          "--llm-base-url for a local server), or choose one that needs none, see `lacer designers`")
-    space = EncoderSpace(card, config.space)
-    expert = expert_spec(card, config.expert)
+    space = load_space(config.space, card)
+    expert = space.expert if space.expert is not None and config.expert is None else expert_spec(card, config.expert)
     try:
         point = space.from_spec(expert)
     except LacerError as e:
@@ -173,6 +174,8 @@ def resumed(folder: Path, changes: dict[str, Any]) -> SearchConfig:
 
 
 def _search(config: SearchConfig, folder: Path | None, quiet: bool, fresh: bool) -> SearchResult:
+    if isinstance(config.space, str):  # its content is kept with the run: a file may change before the run is resumed
+        config = config.model_copy(update={"space": read_space(config.space)})
     checked = plan(config)
     if folder is None:
         name = checked.card.env_id.split("/")[-1].split(":")[-1]
@@ -180,6 +183,12 @@ def _search(config: SearchConfig, folder: Path | None, quiet: bool, fresh: bool)
     if fresh and folder.exists():
         raise LacerError(f"{folder} exists already. To go on with it: lacer search --resume "
                          f"{shlex.quote(str(folder))}. To start anew: choose another folder with --out.")
+    if fresh:
+        try:
+            config.limits.check(checked.space.to_spec(checked.expert), checked.card, config.text_model)
+        except LacerError as e:
+            raise LacerError(f"the expert's encoder, the first candidate, breaks the limits: {e}. Raise the limits, or "
+                             "give a smaller one with --expert encoder.json") from None
     designer = make_designer(checked, folder)
     try:
         folder.mkdir(parents=True, exist_ok=not fresh)
@@ -311,13 +320,13 @@ class _Driver:
         if not study.trials:
             pending.append(study.start(Proposal(self.plan.expert, "expert", "a sensible encoder made by hand")))
         asker = _Asker(self.designer, study)
-        rejected_in_a_row = 0
+        rejected_in_a_row, patience = 0, MAX_REJECTIONS * (10 if c.limits and not self.designer.needs_llm else 1)
         while True:
             counted = sum(t.status != "rejected" for t in study.trials)
             while pending and pool.free:
                 self._submit(pool, pending.pop(0))
             wanted = min(pool.free - len(pending), c.candidates - counted)
-            if wanted > 0 and not asker.busy and rejected_in_a_row < MAX_REJECTIONS:
+            if wanted > 0 and not asker.busy and rejected_in_a_row < patience:
                 asker.ask(wanted)
             if not self.running and not pending and not asker.busy:
                 break
@@ -335,19 +344,28 @@ class _Driver:
                     self.display.progress(event.key, event.progress)
                 elif event.evaluation is not None:
                     self._finished(event.key, event.evaluation)
-        if rejected_in_a_row >= MAX_REJECTIONS:
-            self.display.say(f"{MAX_REJECTIONS} proposals in a row were rejected: the search ends early.")
+        if rejected_in_a_row >= patience:
+            self.display.say(f"{patience} proposals in a row were rejected: the search ends early.")
 
     def _record(self, proposal: Proposal) -> Trial:
-        """Stores a proposal: running if it is new, else rejected with the reason."""
+        """Stores a proposal: running if it is new and within the limits, else rejected with the reason."""
         if not proposal.rejected and proposal.point is not None:
-            code = self.study.space.to_ncode(proposal.point)
-            same = next((t.number for t in self.study.trials if t.ncode == code and t.status != "rejected"), None)
-            if same is None:
+            reason = self._why_not(proposal.point)
+            if not reason:
                 return self.study.start(proposal)
-            proposal = Proposal(proposal.point, proposal.designer, proposal.rationale, proposal.parents,
-                                f"the same encoder as #{same}", proposal.meta)
+            proposal = replace(proposal, rejected=reason)
         return self.study.reject(proposal)
+
+    def _why_not(self, point: Point) -> str:
+        code = self.study.space.to_ncode(point)
+        for t in self.study.trials:
+            if t.ncode == code and t.status != "rejected":
+                return f"the same encoder as #{t.number}"
+        try:
+            self.config.limits.check(self.study.space.to_spec(point), self.card, self.config.text_model)
+        except LacerError as e:
+            return str(e)
+        return ""
 
     def _submit(self, pool: ProcessPool, trial: Trial) -> None:
         assert trial.spec is not None

@@ -7,8 +7,7 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from lacer.encoders.layers import SetInput, Transformer, masked_mean, sinusoid
-from lacer.encoders.registry import BlockConfig, Features, choice, register_block
-from lacer.envs import LacerError
+from lacer.encoders.registry import BlockConfig, Features, choice, dropout, register_block
 
 
 class _AttentionFields(BlockConfig):
@@ -16,6 +15,7 @@ class _AttentionFields(BlockConfig):
     heads: int = choice(2, (2, 4, 8), "attention heads; divides the width")
     depth: int = choice(1, (1, 2, 3), "number of layers")
     ffn_ratio: int = choice(2, (1, 2, 4), "width of the feed-forward part over that of the tokens")
+    dropout: float = dropout()
 
 
 @register_block
@@ -43,9 +43,7 @@ class SetAttentionConfig(_AttentionFields):
 
 
 def _transformer(c: _AttentionFields) -> Transformer:
-    if c.width % c.heads:
-        raise LacerError(f"attention: width {c.width} is not divisible by heads {c.heads}")
-    return Transformer(c.width, c.heads, c.depth, c.ffn_ratio)
+    return Transformer(c.width, c.heads, c.depth, c.ffn_ratio, c.dropout)
 
 
 class _SeriesAttention(nn.Module):

@@ -1,13 +1,13 @@
-"""Image blocks: strided CNN and IMPALA residual CNN, each with an average-pooled grid as its head."""
+"""Image blocks: strided CNN, the Nature CNN and the IMPALA residual CNN."""
 
 from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
-from lacer.encoders.registry import BlockConfig, Features, choice, register_block
+from lacer.encoders.layers import ImageBlock, orthogonal
+from lacer.encoders.registry import BlockConfig, choice, register_block
 
 
 @register_block
@@ -19,15 +19,43 @@ class CNNConfig(BlockConfig):
     block: Literal["cnn"] = "cnn"
     channels: int = choice(16, (8, 16, 32), "filters of the first layer; later layers have twice as many")
     width: int = choice(64, (32, 64, 128), "units of the output")
-    grid: int = choice(4, (1, 2, 4), "the picture is averaged to grid x grid places; 1 forgets where things are")
+    head: Literal["grid", "spatial_softmax"] = choice(
+        "grid", ("grid", "spatial_softmax"), "summary of averages by place, or of where each filter is active")
+    grid: int = choice(4, (1, 2, 4), "the picture is averaged to grid x grid places; 1 forgets where things are",
+                       when=("head", ("grid",)))
 
     def build(self, shape: tuple[int, ...]) -> nn.Module:
         c = self.channels
         net = nn.Sequential(
-            nn.Conv2d(shape[2], c, 5, stride=4 if min(shape[:2]) >= 32 else 2, padding=2), nn.ReLU(),
-            nn.Conv2d(c, 2 * c, 3, stride=2, padding=1), nn.ReLU(),
-            nn.Conv2d(2 * c, 2 * c, 3, stride=2 if min(shape[:2]) >= 48 else 1, padding=1), nn.ReLU())
-        return _Convolutional(net, 2 * c, self.grid, self.width)
+            orthogonal(nn.Conv2d(shape[2], c, 5, stride=4 if min(shape[:2]) >= 32 else 2, padding=2)), nn.ReLU(),
+            orthogonal(nn.Conv2d(c, 2 * c, 3, stride=2, padding=1)), nn.ReLU(),
+            orthogonal(nn.Conv2d(2 * c, 2 * c, 3, stride=2 if min(shape[:2]) >= 48 else 1, padding=1)), nn.ReLU())
+        return ImageBlock(net, 2 * c, self.width, self.grid, self.head)
+
+
+@register_block
+class NatureConfig(BlockConfig):
+    """The CNN of DQN as published (filters 8-4-3, strides 4-2-1, all places to one layer); large, precise in place."""
+
+    modality: ClassVar[str] = "image"
+    paper: ClassVar[str] = "Mnih et al. 2015; smaller pictures get a border up to 36x36"
+    block: Literal["nature"] = "nature"
+    channels: int = choice(32, (16, 32), "filters of the first layer; later layers have twice as many")
+    width: int = choice(256, (64, 128, 256, 512), "units of the output")
+
+    def build(self, shape: tuple[int, ...]) -> nn.Module:
+        c = self.channels
+        sides = [max(s, 36) for s in shape[:2]]  # below 36 nothing is left for the last filter
+        gaps = [b - s for b, s in zip(sides, shape[:2], strict=True)]
+        border = (gaps[1] // 2, gaps[1] - gaps[1] // 2, gaps[0] // 2, gaps[0] - gaps[0] // 2)
+        net = nn.Sequential(
+            *([nn.ZeroPad2d(border)] if any(border) else []),
+            orthogonal(nn.Conv2d(shape[2], c, 8, stride=4)), nn.ReLU(),
+            orthogonal(nn.Conv2d(c, 2 * c, 4, stride=2)), nn.ReLU(),
+            orthogonal(nn.Conv2d(2 * c, 2 * c, 3, stride=1)), nn.ReLU())
+        for kernel, stride in ((8, 4), (4, 2), (3, 1)):
+            sides = [(s - kernel) // stride + 1 for s in sides]
+        return ImageBlock(net, 2 * c, self.width, 4, "flatten", sides[0] * sides[1])
 
 
 @register_block
@@ -39,7 +67,10 @@ class ImpalaConfig(BlockConfig):
     block: Literal["impala"] = "impala"
     channels: int = choice(8, (4, 8, 16), "filters of the first stage; the two later stages have twice as many")
     width: int = choice(64, (32, 64, 128), "units of the output")
-    grid: int = choice(4, (1, 2, 4), "the picture is averaged to grid x grid places; 1 forgets where things are")
+    head: Literal["grid", "spatial_softmax"] = choice(
+        "grid", ("grid", "spatial_softmax"), "summary of averages by place, or of where each filter is active")
+    grid: int = choice(4, (1, 2, 4), "the picture is averaged to grid x grid places; 1 forgets where things are",
+                       when=("head", ("grid",)))
 
     def build(self, shape: tuple[int, ...]) -> nn.Module:
         stages: list[nn.Module] = []
@@ -48,31 +79,14 @@ class ImpalaConfig(BlockConfig):
             stages += [nn.Conv2d(c_in, c_out, 3, padding=1), nn.MaxPool2d(3, stride=2, padding=1),
                        _ResidualConv(c_out), _ResidualConv(c_out)]
             c_in = c_out
-        return _Convolutional(nn.Sequential(*stages, nn.ReLU()), c_in, self.grid, self.width)
+        return ImageBlock(nn.Sequential(*stages, nn.ReLU()), c_in, self.width, self.grid, self.head)
 
 
 class _ResidualConv(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(),
+        self.net = nn.Sequential(nn.ReLU(), orthogonal(nn.Conv2d(channels, channels, 3, padding=1)), nn.ReLU(),
                                  nn.Conv2d(channels, channels, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.net(x)
-
-
-class _Convolutional(nn.Module):
-    """Convolutions over (B, C, H, W) in [0, 1], a grid of averages as tokens, and a linear summary."""
-
-    def __init__(self, net: nn.Module, channels: int, grid: int, width: int) -> None:
-        super().__init__()
-        self.dim = width
-        self.net = net
-        self.pool = nn.AdaptiveAvgPool2d(grid)
-        self.token = nn.Linear(channels, width)
-        self.place = nn.Parameter(torch.zeros(grid * grid, width))
-        self.summary = nn.Sequential(nn.Linear(channels * grid * grid, width), nn.ReLU())
-
-    def forward(self, x: Tensor) -> Features:
-        h = self.pool(self.net(x))
-        return Features(self.summary(h.flatten(1)), self.token(h.flatten(2).transpose(1, 2)) + self.place)

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lacer.encoders.layers import SetInput, masked_mean, mlp
+from lacer.encoders.layers import SetInput, masked_mean, mlp, orthogonal
 from lacer.encoders.registry import BlockConfig, Features, choice, register_block
 
 
@@ -31,7 +31,7 @@ class _DeepSets(nn.Module):
         self.dim = c.width
         self.inp = SetInput(features, c.width)
         self.phi = mlp(c.width, c.width, c.depth, "relu")
-        self.rho = nn.Linear(2 * c.width, c.width)
+        self.rho = orthogonal(nn.Linear(2 * c.width, c.width))
 
     def forward(self, x: Tensor) -> Features:
         tokens, mask = self.inp(x)

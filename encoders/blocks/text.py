@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from lacer.encoders.layers import as_features, mlp
-from lacer.encoders.registry import BlockConfig, Features, choice, register_block
+from lacer.encoders.layers import as_features, mlp, orthogonal
+from lacer.encoders.registry import BlockConfig, Features, choice, dropout, register_block
 
 
 @register_block
@@ -19,6 +19,7 @@ class SentenceMLPConfig(BlockConfig):
     block: Literal["sentence_mlp"] = "sentence_mlp"
     width: int = choice(32, (16, 32, 64), "units of each layer and of the output")
     depth: int = choice(1, (1, 2), "number of layers")
+    dropout: float = dropout()
 
     def build(self, shape: tuple[int, ...]) -> nn.Module:
         return _SentenceMLP(shape[0], self)
@@ -44,7 +45,8 @@ class _SentenceMLP(nn.Module):
         super().__init__()
         self.dim = c.width
         # Sentence embeddings have unit length, so single numbers are near 0.05: normalise before the first layer.
-        self.net = nn.Sequential(nn.LayerNorm(embedding), mlp(embedding, c.width, c.depth, "relu"))
+        net = mlp(embedding, c.width, c.depth, "relu", dropout=c.dropout)
+        self.net = nn.Sequential(nn.LayerNorm(embedding), net)
 
     def forward(self, x: Tensor) -> Features:
         return as_features(self.net(x))
@@ -56,7 +58,7 @@ class _TokenAttention(nn.Module):
         self.dim = c.width
         self.embed = nn.Sequential(nn.LayerNorm(embedding), nn.Linear(embedding, c.width))
         self.score = nn.Linear(c.width, c.queries)
-        self.out = nn.Sequential(nn.Linear(c.queries * c.width, c.width), nn.ReLU())
+        self.out = nn.Sequential(orthogonal(nn.Linear(c.queries * c.width, c.width)), nn.ReLU())
 
     def forward(self, x: Tensor, mask: Tensor) -> Features:
         words = self.embed(x) * mask.unsqueeze(-1)

@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from lacer.encoders.layers import ACTIVATIONS, as_features, mlp
-from lacer.encoders.registry import BlockConfig, Features, choice, register_block
+from lacer.encoders.layers import ResidualFFN, as_features, mlp
+from lacer.encoders.registry import BlockConfig, Features, choice, dropout, register_block
 
 
 @register_block
@@ -20,24 +20,27 @@ class MLPConfig(BlockConfig):
     depth: int = choice(2, (1, 2, 3), "number of layers")
     activation: Literal["relu", "gelu", "silu", "tanh"] = choice("relu", ("relu", "gelu", "tanh"), "non-linearity")
     norm: bool = choice(False, (False, True), "LayerNorm after every linear layer; steadies training")
+    dropout: float = dropout()
 
     def build(self, shape: tuple[int, ...]) -> nn.Module:
-        return _Plain(mlp(shape[0], self.width, self.depth, self.activation, self.norm), self.width)
+        return _Plain(mlp(shape[0], self.width, self.depth, self.activation, self.norm, self.dropout), self.width)
 
 
 @register_block
 class ResidualMLPConfig(BlockConfig):
-    """MLP with skip connections and LayerNorm; trains deeper without losing the input."""
+    """Feed-forward pairs with skip connections and LayerNorm; trains deeper without losing the input."""
 
     modality: ClassVar[str] = "vector"
-    paper: ClassVar[str] = "He et al. 2016; as in Gorishniy et al. 2021, sec. 3.2"
+    paper: ClassVar[str] = "He et al. 2016; as in Gorishniy et al. 2021, sec. 3.2; the FFN of 2512.06982, Table 1"
     block: Literal["residual_mlp"] = "residual_mlp"
     width: int = choice(64, (16, 32, 64, 128), "units of each layer and of the output")
     depth: int = choice(2, (1, 2, 3), "number of residual blocks")
-    activation: Literal["relu", "gelu", "silu", "tanh"] = choice("relu", ("relu", "gelu"), "non-linearity")
+    ratio: int = choice(1, (1, 2, 4), "units inside a pair over its width")
+    activation: Literal["relu", "gelu", "silu", "tanh"] = choice("relu", ("relu", "gelu", "silu"), "non-linearity")
+    dropout: float = dropout()
 
     def build(self, shape: tuple[int, ...]) -> nn.Module:
-        return _Residual(shape[0], self)
+        return _Residual(shape[0], self.width, self.depth, self.ratio, self.activation, self.dropout)
 
 
 @register_block
@@ -61,19 +64,6 @@ class _Plain(nn.Module):
         return as_features(self.net(x))
 
 
-class _Residual(nn.Module):
-    def __init__(self, width_in: int, c: ResidualMLPConfig) -> None:
-        super().__init__()
-        self.dim = c.width
-        self.inp = nn.Linear(width_in, c.width)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(c.width), nn.Linear(c.width, c.width), ACTIVATIONS[c.activation](),
-                          nn.Linear(c.width, c.width))
-            for _ in range(c.depth))
-        self.out = nn.Sequential(nn.LayerNorm(c.width), ACTIVATIONS[c.activation]())
-
-    def forward(self, x: Tensor) -> Features:
-        h = self.inp(x)
-        for block in self.blocks:
-            h = h + block(h)
-        return as_features(self.out(h))
+class _Residual(ResidualFFN):
+    def forward(self, x: Tensor) -> Features:  # type: ignore[override]
+        return as_features(super().forward(x))

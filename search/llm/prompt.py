@@ -17,9 +17,9 @@ import numpy as np
 
 from lacer.agents import Evaluation
 from lacer.agents.probes import MEANING
-from lacer.encoders import FUSION, EncoderSpec, list_blocks
+from lacer.encoders import FUSION, BlockConfig, EncoderSpec, list_blocks
 from lacer.search.llm.reply import clean
-from lacer.search.space import UNUSED, EncoderSpace
+from lacer.search.space import CONDITION, UNUSED, EncoderSpace
 from lacer.search.study import Study, Trial
 
 FEEDBACK = ("expert", "reward", "probes")
@@ -44,7 +44,8 @@ def render(study: Study, k: int, feedback: Collection[str] = FEEDBACK, max_chars
     """
     fixed = {"card": study.card, "objective": study.card.objective, "k": k, "feedback": set(feedback),
              "sources": describe_space(study.space), "probes": MEANING,
-             "action": describe_action(study.card.action_space), "optional": _optional(study.space)}
+             "action": describe_action(study.card.action_space), "optional": _optional(study.space),
+             "routing": _routing(study.space)}
     text = ""
     for detail, digest in _LEVELS:
         text = template("lacer.md").render(**fixed, **_history(study, detail, digest, "expert" in feedback))
@@ -75,7 +76,8 @@ def num(x: float | None) -> str:
 def short(spec: EncoderSpec, names: Sequence[str]) -> str:
     """An encoder with its hyper-parameters in one line."""
     parts = [f"{n}={spec.sources[n].short()}" if n in spec.sources else f"{n} left out" for n in names]
-    return "; ".join([*parts, f"{FUSION}={spec.fusion.short()}"])
+    routing = [] if spec.condition is None else [f"{CONDITION}={spec.condition}"]
+    return "; ".join([*parts, f"{FUSION}={spec.fusion.short()}", *routing])
 
 
 def describe_action(space: Any) -> str:
@@ -100,10 +102,8 @@ def describe_space(space: EncoderSpace) -> list[dict[str, Any]]:
         for block in options:
             if block == UNUSED and name != FUSION:
                 continue
-            prefix = f"{name}.{block}."
-            fields = [{"name": d.name[len(prefix):], "options": json.dumps(list(d.options)),
-                       "about": known[block].model_fields[d.name[len(prefix):]].description or ""}
-                      for d in space.decisions if d.condition == (f"{name}.block", block)]
+            fields = [{"name": f, "options": json.dumps(list(d.options)), "about": _about(known[block], f)}
+                      for f, d in space.fields(name, block).items()]
             described.append({"name": block, "about": known[block].summary(), "fields": fields})
         key = (modality, json.dumps(described))
         source = None if name == FUSION else space.card.sources[name]
@@ -112,6 +112,22 @@ def describe_space(space: EncoderSpace) -> list[dict[str, Any]]:
                     "layout": "" if source is None else _layout(modality, source.shape)})
         told.setdefault(key, name)
     return out
+
+
+def _about(block: type[BlockConfig], field: str) -> str:
+    """What a field does, and when it has an effect."""
+    text = block.model_fields[field].description or ""
+    if field in block.conditions():
+        other, values = block.conditions()[field]
+        text += f"; only if {other} is {' or '.join(map(str, values))}"
+    return text
+
+
+def _routing(space: EncoderSpace) -> dict[str, str] | None:
+    """The routing in words: which fusion blocks need it, and what it may name."""
+    d = space.by_name.get(CONDITION)
+    return None if d is None else {"blocks": " or ".join(map(json.dumps, d.asked_for)),
+                                   "options": json.dumps(list(d.options))}
 
 
 def _layout(modality: str, shape: tuple[int, ...]) -> str:

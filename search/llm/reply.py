@@ -7,9 +7,9 @@ import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
-from lacer.encoders import FUSION, EncoderSpec
+from lacer.encoders import FUSION, EncoderSpec, list_blocks
 from lacer.envs import LacerError
-from lacer.search.space import UNUSED, EncoderSpace, Point
+from lacer.search.space import CONDITION, UNUSED, EncoderSpace, Point
 
 MAX_TEXT = 2000
 """Characters of a rationale or raw reply that are kept in the study."""
@@ -97,7 +97,8 @@ def _answer(item: Any, space: EncoderSpace) -> Answer:
     based_on = tuple(i for i in (based_on if isinstance(based_on, list) else [based_on]) if type(i) is int)[:8]
     rationale = clean(item.get("rationale") or "")
     try:
-        point = to_point(item.get("encoder", {k: item[k] for k in ("sources", "fusion") if k in item}), space)
+        bare = {k: item[k] for k in ("sources", "fusion", "routing") if k in item}
+        point = to_point(item.get("encoder", bare), space)
     except LacerError as e:
         return Answer(None, clean(e, 500), rationale, expected, based_on)
     return Answer(point, "", rationale, expected, based_on)
@@ -127,15 +128,19 @@ def reply_schema(space: EncoderSpace, k: int) -> dict[str, Any]:
         options = []
         for block in space.by_name[f"{name}.block"].options:
             if block != UNUSED or name == FUSION:
-                prefix = f"{name}.{block}."
-                fields = {d.name[len(prefix):]: {"enum": list(d.options)}
-                          for d in space.decisions if d.condition == (f"{name}.block", block)}
-                options.append(closed({"block": {"enum": [block]}, **fields}))
+                fields = {f: {"enum": list(d.options)} for f, d in space.fields(name, block).items()}
+                modality = FUSION if name == FUSION else space.card.sources[name].modality
+                free = list_blocks(modality)[modality, block].conditions()
+                options.append(closed({"block": {"enum": [block]}, **fields},
+                                      ["block", *(f for f in fields if f not in free)]))
         return {"anyOf": options}
 
     names = list(space.card.sources)
     needed = [n for n in names if UNUSED not in space.by_name[f"{n}.block"].options]
-    encoder = closed({"sources": closed({n: part(n) for n in names}, needed), "fusion": part(FUSION)})
+    routing = {} if CONDITION not in space.by_name else {
+        "routing": closed({"condition": {"enum": list(space.by_name[CONDITION].options)}})}
+    encoder = closed({"sources": closed({n: part(n) for n in names}, needed), "fusion": part(FUSION), **routing},
+                     ["sources", "fusion"])
     one = closed({"rationale": {"type": "string"}, "based_on": {"type": "array", "items": {"type": "integer"}},
                   "expected": {"type": "number"}, "encoder": encoder})
     return closed({"encoders": {"type": "array", "items": one, "minItems": k, "maxItems": k}})

@@ -61,10 +61,17 @@ def buildable(c: BlockConfig) -> bool:
 
 
 def make(c: BlockConfig, shape: tuple[int, ...] | None = None) -> nn.Module:
+    """The block, in evaluation mode: without dropout."""
     torch.manual_seed(0)
     if isinstance(c, FusionConfig):
-        return c.build_fusion({"a": 8, "b": 5})
-    return c.build(shape or SHAPES[c.modality][1 if len(SHAPES[c.modality]) > 1 else 0])
+        return make_fusion(c, {"a": 8, "b": 5})
+    return c.build(shape or SHAPES[c.modality][1 if len(SHAPES[c.modality]) > 1 else 0]).eval()
+
+
+def make_fusion(c: BlockConfig, dims: dict[str, int]) -> nn.Module:
+    """The fusion, conditioned by the first source if it wants one, in evaluation mode."""
+    assert isinstance(c, FusionConfig)
+    return c.build_routed(dims, next(iter(dims)) if c.conditioned else None).eval()
 
 
 def inputs(c: BlockConfig, shape: tuple[int, ...], batch: int, seed: int = 0) -> tuple[Tensor, ...]:
@@ -126,6 +133,9 @@ def test_declaration(key: tuple[str, str]) -> None:
         assert cls.model_fields[field].default in options
         for option in options:
             data = {"block": key[1], field: option}
+            if field in cls.conditions():  # else it is set to its default
+                other, values = cls.conditions()[field]
+                data[other] = values[0]
             assert getattr(parse_block(key[0], json.loads(json.dumps(data)), "here"), field) == option
 
 
@@ -291,9 +301,8 @@ def test_series_blocks_know_the_order_of_time(key: tuple[str, str]) -> None:
                                   {f"s{i}": 4 + i for i in range(9)}], ids=lambda d: "+".join(d))
 def test_fusion_of_any_number_of_sources(key: tuple[str, str], dims: dict[str, int]) -> None:
     for c in samples(FUSIONS[key], 2):
-        assert isinstance(c, FusionConfig)
         torch.manual_seed(0)
-        module = c.build_fusion(dims)
+        module = make_fusion(c, dims)
         for batch in (1, 6):
             given = features(dims, batch)
             out = module(given)
@@ -314,10 +323,8 @@ def test_fusion_of_any_number_of_sources(key: tuple[str, str], dims: dict[str, i
 
 @pytest.mark.parametrize("key", FUSIONS, ids=name)
 def test_fusion_ignores_masked_tokens(key: tuple[str, str]) -> None:
-    config = FUSIONS[key]()
-    assert isinstance(config, FusionConfig)
     dims = {"a": 4, "b": 5, "c": 6}
-    module = config.build_fusion(dims)
+    module = make_fusion(FUSIONS[key](), dims)
     given = features(dims, 4)
     f = given["c"]
     assert f.mask is not None
@@ -336,9 +343,7 @@ def test_every_block_with_every_fusion(source: tuple[str, str], fusion: tuple[st
     shape = SHAPES[source[0]][0]
     torch.manual_seed(0)
     one, two = a.build(shape), b.build((3,))
-    config = FUSIONS[fusion]()
-    assert isinstance(config, FusionConfig)
-    module = config.build_fusion({"one": int(one.dim), "two": int(two.dim)})
+    module = make_fusion(FUSIONS[fusion](), {"one": int(one.dim), "two": int(two.dim)})
     out = module({"one": one(*inputs(a, shape, 3)), "two": two(torch.randn(3, 3))})
     assert out.shape == (3, int(module.dim))
     out.sum().backward()

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
 
-from lacer.encoders import CompositeEncoder, EncoderSpec, TextTable, build, list_blocks
+from lacer.encoders import CompositeEncoder, EncoderSpec, FusionConfig, TextTable, build, list_blocks
 from lacer.envs import LacerError, Objective, SourceSpec, TaskCard, UnknownNameError, task_card
 
 CARD = task_card("lacer/KnownSources-v0", sources=("position", "trend", "picture", "words", "crowd", "noise"))
@@ -132,7 +132,7 @@ def test_a_mistake_is_named_with_its_place(data: Any, says: list[str]) -> None:
 
 def test_an_unknown_block_is_an_unknown_name() -> None:
     with pytest.raises(UnknownNameError):
-        EncoderSpec.parse(with_("sources.trend.block", "lstm"), CARD)
+        EncoderSpec.parse(with_("sources.trend.block", "lstmm"), CARD)
 
 
 def test_a_block_that_cannot_be_built_is_named_with_its_place(table: TextTable) -> None:
@@ -146,8 +146,9 @@ def test_a_block_that_cannot_be_built_is_named_with_its_place(table: TextTable) 
 
 def test_round_trip_and_defaults() -> None:
     spec = EncoderSpec.parse(GOOD, CARD)
-    assert spec.to_dict()["sources"]["position"] == GOOD["sources"]["position"]
-    assert spec.to_dict()["fusion"] == {"block": "concat", "width": 32, "depth": 1, "activation": "relu"}
+    assert spec.to_dict()["sources"]["position"] == {**GOOD["sources"]["position"], "dropout": 0.0}
+    assert spec.to_dict()["fusion"] == {"block": "concat", "width": 32, "depth": 1, "activation": "relu",
+                                        "norm": False, "modality_dropout": 0.0}
     for form in (spec.to_dict(), spec.to_json(), json.dumps(spec.to_dict())):
         again = EncoderSpec.parse(form, CARD)
         assert again == spec
@@ -193,12 +194,18 @@ def test_different_content_has_different_hashes() -> None:
 def test_the_hash_is_the_same_in_every_version() -> None:
     """Studies store it: it may change only with the blocks' fields."""
     assert EncoderSpec.parse({"sources": {"noise": {"block": "linear", "width": 8}},
-                              "fusion": {"block": "gated_sum", "width": 16}}, CARD).hash == "1b83b67195a69bcb"
+                              "fusion": {"block": "gated_sum", "width": 16}}, CARD).hash == "0c9eb9a06de10195"
+
+
+def routed(data: dict[str, Any]) -> dict[str, Any]:
+    """The spec with a source that conditions the fusion, if it wants one."""
+    conditioned = cast(type[FusionConfig], list_blocks()["fusion", data["fusion"]["block"]]).conditioned
+    return {**data, "routing": {"condition": "position"}} if conditioned else data
 
 
 @pytest.mark.parametrize("fusion", [k[1] for k in list_blocks("fusion")])
 def test_absent_sources_are_not_used(fusion: str, table: TextTable) -> None:
-    spec = EncoderSpec.parse(with_("fusion", {"block": fusion}), CARD)
+    spec = EncoderSpec.parse(routed(with_("fusion", {"block": fusion})), CARD)
     torch.manual_seed(0)
     net = build(spec, CARD, table)
     obs = observation(CARD, 5)
@@ -221,7 +228,7 @@ def test_absent_sources_are_not_used(fusion: str, table: TextTable) -> None:
 def test_parameters_by_module_add_up(fusion: str, table: TextTable) -> None:
     data = {"sources": {n: {"block": next(b for m, b in list_blocks(s.modality))} for n, s in CARD.sources.items()},
             "fusion": {"block": fusion}}
-    net = build(EncoderSpec.parse(data, CARD), CARD, table)
+    net = build(EncoderSpec.parse(routed(data), CARD), CARD, table)
     counts = net.parameters_by_module()
     assert list(counts) == [*CARD.sources, "fusion"]
     assert all(v > 0 for v in counts.values())

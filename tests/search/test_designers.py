@@ -20,7 +20,8 @@ CARD = task_card("lacer/KnownSources-v0")
 SPACE = EncoderSpace(CARD)
 TINY = EncoderSpace(CARD, {f"{s}.block": [b] for s, b in {
     "position": "linear", "trend": "unused", "picture": "unused", "words": "unused", "noise": "unused"}.items()}
-    | {"position.linear.width": [8], "fusion.block": ["gated_sum"], "fusion.gated_sum.width": [16, 32]})
+    | {"position.linear.width": [8], "fusion.block": ["gated_sum"], "fusion.gated_sum.width": [16, 32],
+       "fusion.*.modality_dropout": [0.0]})
 
 
 def score(point: Point) -> float:
@@ -107,9 +108,12 @@ def test_evolution_mutates_one_decision() -> None:
     play(Evolution(0), study, 20)
     children = [t for t in study.trials if t.proposal.parents]
     assert len(children) >= 12
+    single = 0
     for t in children:
         parent = study.trials[t.proposal.parents[0]].proposal.point
         assert parent is not None
         assert t.proposal.point is not None
         changed = [k for k, v in t.proposal.point.items() if k in parent and parent[k] != v]
-        assert len(changed) == 1 or "random" in t.proposal.rationale
+        assert 1 <= len(changed) <= 2, "one, or two where the first child was in the study already"
+        single += len(changed) == 1
+    assert single >= 0.8 * len(children)

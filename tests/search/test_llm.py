@@ -488,7 +488,7 @@ def test_find_json_takes_the_reply_and_not_a_part_of_it() -> None:
 def test_exhausted_space_needs_no_model() -> None:
     narrow = {f"{n}.block": ["unused"] for n in CARD.sources if n != "position"}
     narrow |= {"position.block": ["linear"], "position.linear.width": [8], "fusion.block": ["gated_sum"],
-               "fusion.gated_sum.width": [16]}
+               "fusion.gated_sum.width": [16], "fusion.*.modality_dropout": [0.0]}
     study = new_study(None, EncoderSpace(CARD, narrow))
     study.start(Proposal(study.space.sample(np.random.default_rng(0)), "expert"))
     made = Lacer(llm=LLMConfig(model="openai:x", base_url="http://127.0.0.1:9/v1")).propose(study, 1)
