@@ -104,7 +104,7 @@ class InputScale(nn.Module):
     the same to the policy. Column 0 of a set (its mask) is left as it is.
     """
 
-    centre: Tensor
+    shift: Tensor
     factor: Tensor
     bounded: Tensor
 
@@ -126,13 +126,13 @@ class InputScale(nn.Module):
         if self.modality == "set":
             centre[:, 0], factor[:, 0], bounded[:, 0] = 0, 1, True
         self.all_bounded = bool(bounded.all())
-        for name, value in (("centre", centre), ("factor", factor)):
+        for name, value in (("shift", -centre * factor), ("factor", factor)):
             self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32), persistent=False)
         self.register_buffer("bounded", torch.as_tensor(bounded), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.centre.dtype)
-        scaled = (x - self.centre) * self.factor
+        x = x.to(self.shift.dtype)
+        scaled = torch.addcmul(self.shift, x, self.factor)
         if not self.all_bounded:
             scaled = torch.where(self.bounded, scaled, x.sign() * x.abs().log1p())
         if self.modality == "set":

@@ -38,7 +38,7 @@ class SearchConfig(BaseModel):
     final_episodes: int = Field(20, ge=2, description="episodes of the final evaluation, on seeds that took no part "
                                                       "in the search")
     timeout: float = Field(7200, gt=0, description="seconds after which a run is ended and counted as failed")
-    space: dict[str, Any] | str = Field({}, description="search space: a preset (full, paper, minigrid), a YAML "
+    space: dict[str, Any] | str = Field({}, description="search space: a preset (full, quick, paper, minigrid), a YAML "
                                                               "file, or options by decision, e.g. {'*.mlp.width': "
                                                               "[16, 32]}")
     limits: Limits = Field(Limits(), description="what an encoder may cost; larger proposals are rejected")
