@@ -72,7 +72,7 @@ def block_page(cls: type[BlockConfig]) -> RenderableType:
     facts = Table.grid(padding=(0, 2, 0, 0))
     facts.add_row("paper", cls.paper or "–")
     facts.add_row("size", _example_size(cls))
-    facts.add_row("JSON", json.dumps(cls().model_dump()))
+    facts.add_row("JSON", json.dumps(cls.model_validate({}).model_dump()))
     facts.add_row("from", cls.__module__)
     return Group(*parts, Text(), facts)
 
@@ -86,17 +86,17 @@ def _example_size(cls: type[BlockConfig]) -> str:
     def source(name: str, modality: str) -> SourceSpec:
         return SourceSpec(name, modality, _EXAMPLES[modality][0], "")  # type: ignore[arg-type]
 
-    blocks = list_blocks()
     if cls.modality == FUSION:
         sources = {n: source(n, n) for n in ("vector", "set")}
-        spec = {"sources": {"vector": {"block": "linear"}, "set": {"block": "deepsets"}}, "fusion": cls().model_dump()}
+        spec = {"sources": {"vector": {"block": "linear"}, "set": {"block": "deepsets"}},
+                "fusion": cls.model_validate({}).model_dump()}
         if getattr(cls, "conditioned", False):
             spec["routing"] = {"condition": "vector"}
         part = FUSION
     else:
         part = "source"
         sources = {part: source(part, cls.modality)}
-        spec = {"sources": {part: cls().model_dump()}, "fusion": blocks[FUSION, "concat"]().model_dump()}
+        spec = {"sources": {part: cls.model_validate({}).model_dump()}, "fusion": {"block": "concat"}}
     card = TaskCard("example", sources, spaces.Discrete(2), Objective("score"), "")
     try:
         cost = predict(EncoderSpec.parse(spec, card), card, 384).by_name[part]
@@ -141,7 +141,7 @@ def encoder_and_task(path: str | Path, env: str | None, env_kwargs: dict[str, An
         return EncoderSpec.load(path, card), card, text
     except LacerError as e:
         fits = [name for name in list_envs() if name != env and _fits(path, name)]
-        hint = f" It fits {fits[0]}: add --env {fits[0]}" if fits else ""
+        hint = f" It fits {', '.join(fits)}: add --env ID" if fits else ""
         raise LacerError(f"{e}{hint}") from None
 
 

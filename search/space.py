@@ -489,7 +489,7 @@ def _all_names(parts: Iterable[tuple[str, str]]) -> set[str]:
 
 
 def read_space(space: str | Path) -> dict[str, Any]:
-    """The content of a preset (``full``, ``quick``, ``paper``, ``minigrid``) or of a YAML file, as :func:`load_space` takes it.
+    """The content of a preset of ``configs/spaces`` or of a YAML file, as :func:`load_space` takes it.
 
     Raises:
         LacerError: no such file, or no YAML mapping.

@@ -109,7 +109,7 @@ def test_every_block_is_predicted(modality: str, block: str, devices: list[str])
     assert set(devices) == {"meta"}, "the prediction allocates nothing"
 
 
-@pytest.mark.parametrize("env", sorted(list_envs()))
+@pytest.mark.parametrize("env", [e for e in list_envs() if e.startswith("lacer/")])
 def test_random_encoders_are_predicted(env: str) -> None:
     card, rng = task_card(env), np.random.default_rng(0)
     space = EncoderSpace(card)

@@ -28,7 +28,7 @@ from lacer.search.study import Proposal, Trial
 
 CARD = task_card("lacer/KnownSources-v0")
 HOSTILE = ("<script>boom()</script> </script><img src=x onerror=boom()> \"'` {{ 7*7 }} ]]> &amp; "
-           "\u202egnp.\x00\x1b \ud800 \u05e9\u05dc\u05d5\u05dd")
+           "\u202egnp\x00\x1b \ud800 \u05e9\u05dc\u05d5\u05dd")
 RELEVANT = ("position", "trend", "picture", "words")
 
 

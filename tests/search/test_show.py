@@ -93,7 +93,7 @@ def test_an_agents_folder_knows_its_environment(encoder: Path, capsys: pytest.Ca
     ([], "required"),
     (["/does/not/exist.json", *ENV], "cannot read the encoder file /does/not/exist.json"),
     (["ENCODER"], "which lacer/MixedTraffic-v0 does not have"),
-    (["ENCODER"], "It fits lacer/KnownSources-v0: add --env lacer/KnownSources-v0"),
+    (["ENCODER"], "lacer/KnownSources-v0: add --env ID"),
     (["ENCODER", "--env", "lacer/KnownSource-v0"], "did you mean 'lacer/KnownSources-v0'"),
     (["ENCODER", *ENV, "--out", "picture.gif"], "ends in .svg or .png"),
     (["ENCODER", *ENV, "--out", "/does/not/exist/picture.svg"], "cannot write the picture"),

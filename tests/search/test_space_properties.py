@@ -23,7 +23,8 @@ ENVS: dict[str, dict[str, Any]] = {
     "lacer/KnownSources-v0": {"sources": ("position", "trend", "picture", "words", "crowd", "echo", "noise")},
 }
 """Constructor arguments with which an environment shows all it has."""
-CASES = [(env, space) for env in list_envs() for space in ("full", "minigrid")]
+NAMES = [e for e in list_envs() if e.startswith("lacer/")]  # those of other tests are odd on purpose
+CASES = [(env, space) for env in NAMES for space in ("full", "minigrid")]
 seeds = st.integers(0, 2**32 - 1)
 few = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 many = settings(few, max_examples=60)
@@ -164,7 +165,7 @@ def test_crossover_is_valid_and_takes_after_its_parents(env: str, name: str, see
         assert k == CONDITION or (k not in a and k not in b) or v in (a.get(k), b.get(k))
 
 
-@pytest.mark.parametrize("env", list_envs())
+@pytest.mark.parametrize("env", NAMES)
 def test_size_is_exact_in_narrow_spaces(env: str) -> None:
     full, rng, counted = space_of(env, "full"), np.random.default_rng(0), 0
     for _ in range(20):
