@@ -34,7 +34,7 @@ search: install
 	$(BIN)/lacer search --config quick $(ARGS)
 
 test: install
-	$(BIN)/pytest -m "not slow" $(ARGS)
+	$(BIN)/pytest -m "not slow" -n 2 --dist worksteal $(ARGS)
 
 test-slow: install
 	$(BIN)/pytest -m slow $(ARGS)

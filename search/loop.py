@@ -33,7 +33,7 @@ from lacer.search.executors import ProcessPool
 from lacer.search.outcome import EXPERT, NOOP, WINNER, Outcome
 from lacer.search.progress import Display, clock, result_line
 from lacer.search.space import EncoderSpace, Point, load_space, read_space
-from lacer.search.study import Proposal, Study, Trial, sqlite_url
+from lacer.search.study import Proposal, Study, Trial, sqlite_url, study_name
 from lacer.search.tracking import TensorBoard, WandB, wandb_mode
 
 log = logging.getLogger("lacer")
@@ -268,7 +268,8 @@ class _Asker:
 class _Driver:
     def __init__(self, plan: Plan, designer: Designer, folder: Path, quiet: bool) -> None:
         self.plan, self.config, self.card, self.designer, self.folder = plan, plan.config, plan.card, designer, folder
-        self.study = Study(sqlite_url(folder / "study.db"), folder.name, plan.space)
+        url = sqlite_url(folder / "study.db")
+        self.study = Study(url, study_name(url) or folder.name, plan.space)
         self.display = Display(plan.card, plan.total_steps, quiet)
         self.start = time.monotonic()
         self.before = float(self.study.get_attr("seconds") or 0.0)

@@ -96,7 +96,7 @@ def headline(outcome: Outcome) -> str:
         values = best.evaluation.metrics.get(objective.metric, [])
         places = decimals(float(np.std(values))) if len(values) > 1 else 2
         on = _plural(len(values), "episode") if values else "the episodes"
-        return (f"{who} reaches a {name} of {number(best.objective, places)}{unit} on {on} that also chose it. "
+        return (f"{who} reaches {_a(name)} of {number(best.objective, places)}{unit} on {on} that also chose it. "
                 f"{why}.{end}")
     clauses, places = [], 2
     for key, of in ((NOOP, "doing nothing" if card.noop is not None else "acting at random"),
@@ -122,7 +122,7 @@ def headline(outcome: Outcome) -> str:
     value = number(final.objective, decimals(_interval(episodes)[1] - _interval(episodes)[0]) if len(episodes) > 1
                    else places)
     more = f": {' and '.join(clauses)}" if clauses else ""
-    return f"{who} reaches a {name} of {value}{unit} {tail}{more}.{end}"
+    return f"{who} reaches {_a(name)} of {value}{unit} {tail}{more}.{end}"
 
 
 def duration(seconds: float | None) -> str:
@@ -404,6 +404,11 @@ def _cut(text: Any, room: int) -> str:
     """Text of at most about ``room`` characters, saying how much is left out."""
     text = clean(text)
     return text if len(text) <= room else f"{text[:room]} … [{len(text) - room:,} more characters in the study]"
+
+
+def _a(noun: str) -> str:
+    """The noun with its article."""
+    return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
 
 
 def _plural(n: int, noun: str) -> str:

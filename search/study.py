@@ -202,6 +202,12 @@ class Study:
         return Trial(t.number, status, proposal, spec, ncode, evaluation)
 
 
+def study_name(url: str) -> str | None:
+    """Name of the study in a run folder's storage, which a renamed folder does not change; None for a new storage."""
+    names = optuna.get_all_study_names(url)
+    return names[0] if names else None
+
+
 def sqlite_url(path: Path) -> str:
     """Optuna storage URL of a SQLite file."""
     return f"sqlite:///{path.resolve()}"

@@ -36,7 +36,7 @@ def finished(tiny: Path, lacer: Lacer, tmp_path_factory: pytest.TempPathFactory)
 
 
 def trials(folder: Path) -> list[optuna.trial.FrozenTrial]:
-    return optuna.load_study(storage=f"sqlite:///{folder}/study.db", study_name=folder.name).trials
+    return optuna.load_study(storage=f"sqlite:///{folder}/study.db", study_name=None).trials
 
 
 def test_the_folder_holds_everything(finished: tuple[Path, str, str]) -> None:
@@ -221,7 +221,9 @@ def test_kill_9_and_resume(tiny: Path, start: Start, lacer: Lacer, tmp_path: Pat
     assert [t.state.name for t in after] == ["COMPLETE"] * 6
     assert len({t.user_attrs["ncode"] for t in after}) == 6
     assert (folder / "best" / "policy.safetensors").exists()
-    # A finished search is extended by a larger budget, and refuses changes that would spoil the comparison.
+    # A finished search is extended by a larger budget, in a folder of another name too, and refuses changes that would
+    # spoil the comparison.
+    folder = folder.rename(tmp_path / "renamed")
     done = lacer("search", "--resume", folder, "--candidates", 7)
     assert done.returncode == 0, done.stderr
     assert len(trials(folder)) == 7
