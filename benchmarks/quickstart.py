@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from lacer.search import search
-from lacer.search.config import load_yaml, validate, worker_count
+from lacer.search.config import validate, worker_count
 from lacer.search.outcome import EXPERT, NOOP, WINNER, paired_difference
+from lacer.search.presets import read_yaml
 
 
 def main() -> None:
@@ -27,7 +28,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
     out = args.out or Path(tempfile.mkdtemp()) / "run"
-    config = {**load_yaml("quick"), "seed": args.seed, "designer": args.designer, "wandb": "offline"}
+    config = {**read_yaml("quick"), "seed": args.seed, "designer": args.designer, "wandb": "offline"}
     start = time.perf_counter()
     result = search(out=out, **config)
     wall = time.perf_counter() - start

@@ -19,7 +19,8 @@ from pydantic_core import PydanticUndefined
 from rich.console import Console
 
 from lacer.envs import LacerError, did_you_mean, list_envs
-from lacer.search.config import SearchConfig, load_yaml, validate
+from lacer.search.config import SearchConfig, validate
+from lacer.search.presets import read_yaml
 
 EXAMPLES = {
     "search": """examples:
@@ -193,7 +194,7 @@ def _search(a: Namespace) -> None:
             raise LacerError("--config and --resume exclude each other: a run keeps its own configuration")
         result = search(resume=a.resume, out=a.out, quiet=a.quiet, **given)
     else:
-        base = load_yaml(a.config) if a.config is not None else {}
+        base = read_yaml(a.config) if a.config is not None else {}
         if a.config is not None:
             validate(base, a.config)  # names the file if a key of it is wrong
         merged = _merge(base, given)
@@ -217,7 +218,7 @@ def _train(a: Namespace) -> None:
     from lacer.search.progress import Display
 
     over = {k: a[k] for k in ("env", "env_kwargs") if a[k] is not None}
-    config = validate(_merge(load_yaml(a.config) if a.config else {}, over), a.config or "train")
+    config = validate(_merge(read_yaml(a.config) if a.config else {}, over), a.config or "train")
     for name, value in (("--steps", a.steps), ("--episodes", a.episodes)):
         if value < 1:
             raise LacerError(f"{name} must be at least 1, not {value}")

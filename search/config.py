@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from importlib import resources
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
@@ -83,37 +81,6 @@ def _explain(model: type[BaseModel], err: Any, where: str) -> str:
         assert isinstance(inner, type)
         model = inner
     return f"{where}: unknown key {key!r}{did_you_mean(str(err['loc'][-1]), model.model_fields)}"
-
-
-def load_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML mapping from a file or, for a bare name such as ``quick``, from the shipped presets.
-
-    Raises:
-        LacerError: no such file (lists the presets), or no YAML mapping.
-    """
-    known = dict(presets())
-    if str(path) in known:
-        text = known[str(path)]
-    else:
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
-            raise LacerError(f"cannot read the configuration {path}: {e.strerror if isinstance(e, OSError) else e}"
-                             f"{did_you_mean(str(path), known)} Presets: {', '.join(known)}.") from None
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as e:
-        raise LacerError(f"{path} is not YAML: {e}") from None
-    if not isinstance(data, dict):
-        raise LacerError(f"{path}: expected keys and values at the top")
-    return data
-
-
-def presets() -> Iterator[tuple[str, str]]:
-    """Shipped search configurations: (name, YAML text)."""
-    for f in sorted(resources.files("lacer.configs").iterdir(), key=lambda f: f.name):
-        if f.name.endswith(".yaml") and not f.name.startswith("expert"):
-            yield f.name.removesuffix(".yaml"), f.read_text(encoding="utf-8")
 
 
 def expert_spec(card: TaskCard, path: str | None) -> EncoderSpec:

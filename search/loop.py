@@ -27,10 +27,11 @@ import lacer.encoders
 from lacer.agents import Agent, Evaluation, Protocol, RunRequest, load, versions
 from lacer.encoders import EncoderSpec
 from lacer.envs import LacerError, TaskCard, task_card
-from lacer.search.config import RESUMABLE, SearchConfig, expert_spec, load_yaml, validate, worker_count
+from lacer.search.config import RESUMABLE, SearchConfig, expert_spec, validate, worker_count
 from lacer.search.designers.base import Designer, designer_class
 from lacer.search.executors import ProcessPool
 from lacer.search.outcome import EXPERT, NOOP, WINNER, Outcome
+from lacer.search.presets import read_yaml
 from lacer.search.progress import Display, clock, result_line
 from lacer.search.space import EncoderSpace, Point, load_space, read_space
 from lacer.search.study import Proposal, Study, Trial, sqlite_url, study_name
@@ -165,7 +166,7 @@ def resumed(folder: Path, changes: dict[str, Any]) -> SearchConfig:
     if not (folder / "config.yaml").is_file() or not (folder / "study.db").is_file():
         raise LacerError(f"{folder} is no run: it has no {'config.yaml' if folder.is_dir() else 'such folder'}"
                          if not (folder / "config.yaml").is_file() else f"{folder} is no run: it has no study.db")
-    old = load_yaml(folder / "config.yaml")
+    old = read_yaml(folder / "config.yaml")
     for key, value in changes.items():
         if key not in RESUMABLE and key in old and old[key] != value:
             raise LacerError(f"{key} cannot change when a search is resumed ({old[key]!r} -> {value!r}); trials would "

@@ -6,17 +6,16 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import yaml
 
 from lacer.encoders import FUSION, EncoderSpec, list_blocks, parse_block
 from lacer.encoders.registry import FusionConfig
 from lacer.envs import LacerError, TaskCard, did_you_mean
 from lacer.envs.sources import MODALITIES
+from lacer.search.presets import read_yaml
 
 Point = dict[str, Any]
 """An architecture: the chosen option of every active decision, by name, in the order of the space."""
@@ -494,20 +493,7 @@ def read_space(space: str | Path) -> dict[str, Any]:
     Raises:
         LacerError: no such file, or no YAML mapping.
     """
-    folder = resources.files("lacer.configs") / "spaces"
-    presets = {f.name.removesuffix(".yaml"): f for f in folder.iterdir() if f.name.endswith(".yaml")}
-    try:
-        text = (presets[str(space)] if str(space) in presets else Path(space)).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise LacerError(f"cannot read the search space {space}: {e.strerror if isinstance(e, OSError) else e}"
-                         f"{did_you_mean(str(space), presets)} Presets: {', '.join(sorted(presets))}.") from None
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as e:
-        raise LacerError(f"{space} is not YAML: {e}") from None
-    if not isinstance(data, dict):
-        raise LacerError(f"{space}: expected keys and values at the top")
-    return data
+    return read_yaml(space, "spaces", "search space")
 
 
 _KEYS = {"decisions": dict, "optional_sources": bool, "expert": dict}

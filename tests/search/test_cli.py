@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from lacer.search.cli import main
-from lacer.search.config import load_yaml, presets, validate
+from lacer.search.config import validate
 from lacer.search.loop import plan
+from lacer.search.presets import presets, read_yaml
 from tests.search.conftest import TINY
 
 ENV = ["--env", "lacer/KnownSources-v0"]
@@ -141,7 +142,7 @@ def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> 
     assert "null" not in out
 
 
-@pytest.mark.parametrize("name", [n for n, _ in presets()])
+@pytest.mark.parametrize("name", presets())
 def test_presets_are_valid_plans(name: str) -> None:
-    config = validate(load_yaml(name), name)
+    config = validate(read_yaml(name), name)
     assert plan(config).space.size() > 1e6

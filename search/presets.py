@@ -1,0 +1,40 @@
+"""YAML files by path, and those that are shipped by name."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lacer.envs import LacerError, did_you_mean
+
+
+def presets(folder: str = "") -> dict[str, str]:
+    """Shipped YAML files of ``configs/`` or a folder in it: text by name. The expert's encoder is not among them."""
+    files = resources.files("lacer.configs") / folder if folder else resources.files("lacer.configs")
+    return {f.name.removesuffix(".yaml"): f.read_text(encoding="utf-8")
+            for f in sorted(files.iterdir(), key=lambda f: f.name)
+            if f.name.endswith(".yaml") and f.name != "expert.yaml"}
+
+
+def read_yaml(path: str | Path, folder: str = "", what: str = "configuration") -> dict[str, Any]:
+    """A YAML mapping from a file or, for a bare name such as ``quick``, from the presets of that folder.
+
+    Raises:
+        LacerError: no such file (lists the presets), or no YAML mapping.
+    """
+    known = presets(folder)
+    try:
+        text = known[str(path)] if str(path) in known else Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise LacerError(f"cannot read the {what} {path}: {e.strerror if isinstance(e, OSError) else e}"
+                         f"{did_you_mean(str(path), known)} Presets: {', '.join(known)}.") from None
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise LacerError(f"{path} is not YAML: {e}") from None
+    if not isinstance(data, dict):
+        raise LacerError(f"{path}: expected keys and values at the top")
+    return data
