@@ -244,17 +244,19 @@ def write_picture(path: Path, svg: str) -> None:
 
 def _renderer() -> Any:
     try:
+        import matplotlib  # noqa: F401  (its font: see _png)
         import resvg_py
     except ImportError:
-        raise LacerError("a PNG needs the package resvg-py: pip install \"lacer[png]\"; or write an .svg, which every "
+        raise LacerError("a PNG needs the packages resvg-py and matplotlib: pip install \"lacer[png]\"; or write an .svg, which every "
                          "browser shows") from None
     return resvg_py
 
 
 def _png(svg: str) -> bytes:
-    import matplotlib  # comes with Stable-Baselines3; its font is for machines that have none
+    renderer = _renderer()
+    import matplotlib  # its font is for machines that have none
 
     fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    return bytes(_renderer().svg_to_bytes(
+    return bytes(renderer.svg_to_bytes(
         svg_string=svg, zoom=2.0, background="white", sans_serif_family="DejaVu Sans",
         font_files=[str(fonts / "DejaVuSans.ttf"), str(fonts / "DejaVuSans-Bold.ttf")]))
