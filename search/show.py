@@ -242,21 +242,19 @@ def write_picture(path: Path, svg: str) -> None:
         raise LacerError(f"cannot write the picture {path}: {e.strerror}") from None
 
 
-def _renderer() -> Any:
+def _renderer() -> tuple[Any, Path]:
+    """The PNG renderer and a folder with a font, for machines that have none."""
     try:
-        import matplotlib  # noqa: F401  (its font: see _png)
+        import matplotlib
         import resvg_py
     except ImportError:
-        raise LacerError("a PNG needs the packages resvg-py and matplotlib: pip install \"lacer[png]\"; or write an .svg, which every "
-                         "browser shows") from None
-    return resvg_py
+        raise LacerError("a PNG needs the packages resvg-py and matplotlib: pip install \"lacer[png]\"; or write an "
+                         ".svg, which every browser shows") from None
+    return resvg_py, Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 
 
 def _png(svg: str) -> bytes:
-    renderer = _renderer()
-    import matplotlib  # its font is for machines that have none
-
-    fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    renderer, fonts = _renderer()
     return bytes(renderer.svg_to_bytes(
         svg_string=svg, zoom=2.0, background="white", sans_serif_family="DejaVu Sans",
         font_files=[str(fonts / "DejaVuSans.ttf"), str(fonts / "DejaVuSans-Bold.ttf")]))
