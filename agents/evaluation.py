@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Status = Literal["ok", "failed"]
+Status = Literal["ok", "failed", "pruned"]
 
 
 class PPOConfig(BaseModel):
@@ -60,6 +60,21 @@ class RunRequest(BaseModel):
     save_to: str | None = None
 
 
+class Call(BaseModel):
+    """One call of a plain Python function, for searches whose objective is not a PPO run.
+
+    Attributes:
+        function: ``module:name`` of a function that takes ``point`` and returns a number or an Evaluation.
+        point: the architecture, a decision's option by name.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    function: str
+    point: dict[str, Any]
+    seed: int = 0
+
+
 class Cost(BaseModel):
     """What a run cost."""
 
@@ -77,7 +92,7 @@ class Evaluation(BaseModel):
     """The outcome of a run.
 
     Attributes:
-        status: ``ok`` or ``failed``; ``reason`` says why.
+        status: ``ok``, ``failed`` or ``pruned`` (ended early as hopeless); ``reason`` says why.
         objective: mean task metric over the evaluation episodes.
         returns, metrics: per evaluation episode, in the order of ``episode_seeds``.
         curve: (environment steps, mean return of the training episodes that ended since the last point).

@@ -2,7 +2,7 @@
 
 The worker imports everything once and forks for each run, so a run starts at once, has its own memory (one SUMO per
 process) and can be killed without harm. It speaks JSON lines: requests on standard input,
-``{"key", "request", "timeout"}``; on standard output ``{"ready"}``, ``{"key", "progress"}`` and
+``{"key", "request", "timeout", "memory"}``, or ``"call"`` in place of ``"request"``; on standard output ``{"ready"}``, ``{"key", "progress"}`` and
 ``{"key", "evaluation"}``. Nothing but such lines goes out; stray prints go to standard error. At the end of its input
 (the driver is gone) it kills what is running and ends.
 """
@@ -18,16 +18,21 @@ import select
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork
 
 import torch
 
-from lacer.agents.evaluation import Evaluation, RunRequest
+from lacer.agents.calls import perform
+from lacer.agents.evaluation import Call, Evaluation, RunRequest
 from lacer.agents.ppo import run
 from lacer.encoders import list_blocks, text_model
 from lacer.envs import LacerError, task_card
+
+MEMORY_INTERVAL = 0.5
+"""Seconds between two looks at the memory of a run."""
 
 
 class Channel:
@@ -50,12 +55,22 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
-def _child(channel: Channel, key: str, request: RunRequest) -> None:
+def _first_to_be_killed() -> None:
+    """If the machine runs out of memory, the kernel takes the candidate, not the driver."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def _child(channel: Channel, key: str, request: RunRequest | Call) -> None:
     """Runs a request in the forked process; never returns."""
     os.setsid()
     _die_with_parent()
+    _first_to_be_killed()
     try:
-        evaluation = run(request, lambda p: channel.send({"key": key, "progress": p}), start_method="fork")
+        if isinstance(request, Call):
+            evaluation = perform(request)
+        else:
+            evaluation = run(request, lambda p: channel.send({"key": key, "progress": p}), start_method="fork")
     except LacerError as e:
         evaluation = Evaluation.failure(str(e), request.seed)
     except BaseException as e:  # a result too, with its reason; the traceback goes to the log
@@ -66,8 +81,10 @@ def _child(channel: Channel, key: str, request: RunRequest) -> None:
     os._exit(0)
 
 
-def _prepare(request: RunRequest) -> None:
+def _prepare(request: RunRequest | Call) -> None:
     """Loads the text model before the fork, so that runs share it."""
+    if isinstance(request, Call):
+        return
     with contextlib.suppress(Exception):  # a wrong request is reported by the run itself
         card = task_card(request.env, **request.env_kwargs)
         if request.encoder is not None and any(
@@ -82,6 +99,18 @@ def kill_group(pid: int) -> None:
             kill(pid, signal.SIGKILL)
 
 
+def memory_of(pid: int) -> float:
+    """GB of memory of a process and its descendants, shared pages by their share; 0 where the system does not say."""
+    total = 0.0
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                total += int(line.split()[1]) / 1e6
+        for children in Path(f"/proc/{pid}/task").glob("*/children"):
+            total += sum(memory_of(int(c)) for c in children.read_text().split())
+    return total
+
+
 def main() -> None:
     torch.set_num_threads(int(os.environ.get("LACER_THREADS", "1")))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides
@@ -91,7 +120,13 @@ def main() -> None:
     list_blocks()
     channel.send({"ready": os.getpid()})
     buffer = b""
-    child, key, deadline, seed = 0, "", 0.0, 0
+    child, key, deadline, seed, memory, look = 0, "", 0.0, 0, None, 0.0
+
+    def end(reason: str) -> None:
+        kill_group(child)
+        os.waitpid(child, 0)
+        channel.send({"key": key, "evaluation": Evaluation.failure(reason, seed).model_dump(mode="json")})
+
     while True:
         if child:
             pid, status = os.waitpid(child, os.WNOHANG)
@@ -103,18 +138,22 @@ def main() -> None:
                     channel.send({"key": key, "evaluation": failure.model_dump(mode="json")})
                 child = 0
             elif time.monotonic() > deadline:
-                kill_group(child)
-                os.waitpid(child, 0)
-                failure = Evaluation.failure("time-out", seed)
-                channel.send({"key": key, "evaluation": failure.model_dump(mode="json")})
+                end("time-out")
                 child = 0
+            elif memory and time.monotonic() > look:
+                look = time.monotonic() + MEMORY_INTERVAL
+                if (used := memory_of(child)) > memory:
+                    end(f"out of memory: it used {used:.2f} GB, the limit is {memory:.2f} GB")
+                    child = 0
         if not child and b"\n" in buffer:
             line, buffer = buffer.split(b"\n", 1)
             message = json.loads(line)
-            request = RunRequest.model_validate(message["request"])
+            request = (Call.model_validate(message["call"]) if "call" in message
+                       else RunRequest.model_validate(message["request"]))
             _prepare(request)
             gc.collect()
             key, seed, deadline = message["key"], request.seed, time.monotonic() + message["timeout"]
+            memory, look = message.get("memory"), 0.0
             child = os.fork()
             if not child:
                 _child(channel, key, request)

@@ -9,14 +9,16 @@ if TYPE_CHECKING:
     from lacer.search.config import SearchConfig
     from lacer.search.loop import SearchResult, search
     from lacer.search.outcome import Outcome
+    from lacer.search.plain import PointResult
     from lacer.search.space import Decision, EncoderSpace, SearchSpace
-    from lacer.search.study import Proposal, Study, Trial
+    from lacer.search.study import Proposal, StoredStudy, Study, Trial
 
-_HOME = {"SearchConfig": "config", "SearchResult": "loop", "search": "loop", "Outcome": "outcome", "Decision": "space",
-         "EncoderSpace": "space", "SearchSpace": "space", "Proposal": "study", "Study": "study", "Trial": "study"}
+_HOME = {"SearchConfig": "config", "SearchResult": "loop", "search": "loop", "Outcome": "outcome",
+         "PointResult": "plain", "Decision": "space", "EncoderSpace": "space", "SearchSpace": "space",
+         "Proposal": "study", "StoredStudy": "study", "Study": "study", "Trial": "study"}
 
-__all__ = ["Decision", "EncoderSpace", "Outcome", "Proposal", "SearchConfig", "SearchResult", "SearchSpace", "Study",
-           "Trial", "search"]
+__all__ = ["Decision", "EncoderSpace", "Outcome", "PointResult", "Proposal", "SearchConfig", "SearchResult",
+           "SearchSpace", "StoredStudy", "Study", "Trial", "search"]
 
 
 def __getattr__(name: str) -> Any:

@@ -79,6 +79,10 @@ def _add_fields(parser: ArgumentParser, model: type[BaseModel], prefix: str = ""
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             _add_fields(parser, kind, f"{prefix}{name}.")
             continue
+        if kind is bool:
+            parser.add_argument("--" + f"{prefix}{name}".replace("_", "-"), dest=f"{prefix}{name}", default=None,
+                                action="store_true", help=f.description or "")
+            continue
         default = f.get_default()
         shown = "" if default is PydanticUndefined or default in (None, {}) else f" (default: {default})"
         parser.add_argument("--" + f"{prefix}{name}".replace("_", "-"), dest=f"{prefix}{name}", type=kind | None,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
@@ -36,6 +38,30 @@ class SearchConfig(BaseModel):
     final_episodes: int = Field(20, ge=2, description="episodes of the final evaluation, on seeds that took no part "
                                                       "in the search")
     timeout: float = Field(7200, gt=0, description="seconds after which a run is ended and counted as failed")
+    memory: float | None = Field(None, gt=0, description="GB that a candidate may use, its environments included; "
+                                                         "default: an equal share of the machine's memory")
+    max_env_steps: int | None = Field(None, ge=1, description="environment steps after which no candidate starts; "
+                                                              "designers' own trainings and evaluations count")
+    max_seconds: float | None = Field(None, gt=0, description="wall time after which no candidate starts, over all "
+                                                              "sessions of a resumed search")
+    max_tokens: int | None = Field(None, ge=1, description="LLM tokens, in and out, after which no candidate starts")
+    repeats: Literal["reject", "reuse", "add"] = Field(
+        "reject", description="an encoder that was proposed before is rejected, takes over the result, or is evaluated "
+                              "again under another seed (its score is then the mean)")
+    deterministic: bool = Field(False, description="the order in which results arrive does not change what is "
+                                                   "proposed; workers may wait for each other")
+    ahead: int | None = Field(None, ge=0, description="proposals to have ready before a worker is free; default: 1 "
+                                                      "with an LLM, else 0")
+    executor: Literal["process", "inprocess", "ray"] = Field(
+        "process", description="where candidates run: worker processes on this machine, this process (to debug), or a "
+                               "Ray cluster")
+    ray_address: str | None = Field(None, description="Ray cluster to join, e.g. auto or ray://host:10001; default: "
+                                                      "one is started on this machine")
+    cpus_per_candidate: float = Field(1, gt=0, description="CPU cores that a candidate takes on a Ray cluster")
+    gpus_per_candidate: float = Field(0, ge=0, description="GPUs that a candidate takes on a Ray cluster")
+    storage: str | None = Field(None, description="Optuna storage URL, e.g. postgresql+psycopg://user@host/database; "
+                                                  "default: study.db in the run folder")
+    study_name: str | None = Field(None, description="Optuna study name; default: the run folder's name")
     space: dict[str, Any] | str = Field({}, description="search space: a preset (full, quick, paper, minigrid), a YAML "
                                                               "file, or options by decision, e.g. {'*.mlp.width': "
                                                               "[16, 32]}")
@@ -52,7 +78,8 @@ class SearchConfig(BaseModel):
     wandb_project: str = Field("lacer", description="Weights & Biases project")
 
 
-RESUMABLE = {"candidates", "workers", "timeout", "llm", "llm_base_url", "llm_temperature", "llm_timeout", "batch",
+RESUMABLE = {"candidates", "workers", "timeout", "memory", "max_env_steps", "max_seconds", "max_tokens", "executor",
+             "ray_address", "cpus_per_candidate", "gpus_per_candidate", "storage", "ahead", "llm", "llm_base_url", "llm_temperature", "llm_timeout", "batch",
              "wandb", "wandb_project"}
 """Fields that may be changed when a search is resumed; results before and after stay comparable."""
 
@@ -100,5 +127,17 @@ def expert_spec(card: TaskCard, path: str | None) -> EncoderSpec:
 
 def worker_count(config: SearchConfig) -> int:
     """Number of workers to use: as configured, or one per core, but no more than there are candidates."""
+    if config.executor == "inprocess":
+        return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(config.workers or cores, max(config.candidates, 2))
+
+
+def memory_share(workers: int) -> float | None:
+    """GB of memory for each of some workers: of the machine, or of the container; None where neither is known."""
+    known = []
+    with contextlib.suppress(ValueError, OSError):
+        known.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with contextlib.suppress(ValueError, OSError):  # "max" where there is no limit
+        known.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(known) / 1e9 / workers if known else None

@@ -1,4 +1,4 @@
-"""Where candidates are evaluated: a pool of worker processes on this machine."""
+"""Where candidates are evaluated: in this process, or by a pool of worker processes on this machine."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ import re
 import subprocess
 import sys
 import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from lacer.agents import Evaluation, RunRequest
+from lacer.agents import Call, Evaluation, RunRequest
 from lacer.agents.worker import kill_group
+from lacer.envs import LacerError
+
+Job = RunRequest | Call
 
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|NETRC", re.IGNORECASE)
 
@@ -27,15 +32,95 @@ class Event(NamedTuple):
     evaluation: Evaluation | None
 
 
+class Executor(ABC):
+    """Evaluates jobs, some at once, and reports by :meth:`poll`. Not for use by several threads, but for `wake`."""
+
+    @property
+    @abstractmethod
+    def free(self) -> int:
+        """Number of jobs that would start at once."""
+
+    @abstractmethod
+    def submit(self, key: str, job: Job) -> None:
+        """Starts a job; ``key`` names it in the events. Whatever becomes of it, an event with its evaluation comes."""
+
+    @abstractmethod
+    def poll(self, timeout: float) -> list[Event]:
+        """Events since the last call; waits up to ``timeout`` seconds for the first."""
+
+    @abstractmethod
+    def wake(self) -> None:
+        """Ends a waiting :meth:`poll`; may be called by any thread."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Ends what is running."""
+
+
+class InProcess(Executor):
+    """One job at a time, in this process: for debugging and for cheap functions. Without limits of time and memory.
+
+    Args:
+        function: evaluates the points of :class:`~lacer.agents.Call` jobs in place of the function they name.
+    """
+
+    def __init__(self, function: Callable[[dict[str, Any]], Any] | None = None) -> None:
+        self._function = function
+        self._job: tuple[str, Job] | None = None
+        self._woken = threading.Event()
+
+    @property
+    def free(self) -> int:
+        return int(self._job is None)
+
+    def submit(self, key: str, job: Job) -> None:
+        self._job = key, job
+
+    def poll(self, timeout: float) -> list[Event]:
+        """Runs the job."""
+        if self._job is None:
+            self._woken.wait(timeout)
+            self._woken.clear()
+            return []
+        key, job = self._job
+        out: list[Event] = []
+        try:
+            evaluation = self._evaluate(job, lambda p: out.append(Event(key, p, None)))
+        except LacerError as e:
+            evaluation = Evaluation.failure(str(e), job.seed)
+        self._job = None
+        return [*out, Event(key, None, evaluation)]
+
+    def _evaluate(self, job: Job, report: Callable[[dict[str, Any]], None]) -> Evaluation:
+        from lacer.agents.calls import call, perform
+
+        if isinstance(job, RunRequest):
+            from lacer.agents import run
+
+            return run(job, report)
+        return call(self._function, job.point, job.seed) if self._function is not None else perform(job)
+
+    def wake(self) -> None:
+        self._woken.set()
+
+    def close(self) -> None:
+        """Nothing is running between two calls."""
+
+
+def is_secret(name: str) -> bool:
+    """Whether an environment variable looks like a secret by its name."""
+    return bool(_SECRET.search(name))
+
+
 def clean_environment() -> dict[str, str]:
     """This process's environment for a child, without anything that looks like a secret."""
-    env = {k: v for k, v in os.environ.items() if not _SECRET.search(k)}
+    env = {k: v for k, v in os.environ.items() if not is_secret(k)}
     env["PYTHONPATH"] = os.pathsep.join(p or os.getcwd() for p in sys.path)
     return env
 
 
 class _Slot:
-    def __init__(self, log: Path, events: queue.Queue[tuple[_Slot, dict[str, Any] | None]]) -> None:
+    def __init__(self, log: Path, events: queue.Queue[tuple[_Slot | None, dict[str, Any] | None]]) -> None:
         self.key: str | None = None
         self.seed = 0
         with log.open("ab") as stderr:
@@ -46,7 +131,7 @@ class _Slot:
         assert self.process.stdout is not None
         threading.Thread(target=self._read, args=(self.process.stdout, events), daemon=True).start()
 
-    def _read(self, out: IO[bytes], events: queue.Queue[tuple[_Slot, dict[str, Any] | None]]) -> None:
+    def _read(self, out: IO[bytes], events: queue.Queue[tuple[_Slot | None, dict[str, Any] | None]]) -> None:
         for line in out:
             # Blank lines separate messages; a run that was killed while it wrote leaves half a line.
             with contextlib.suppress(json.JSONDecodeError):
@@ -69,7 +154,7 @@ class _Slot:
             self.process.wait()
 
 
-class ProcessPool:
+class ProcessPool(Executor):
     """Workers on this machine, each running one candidate at a time in a process of its own.
 
     Secrets do not reach them: see :func:`clean_environment`.
@@ -78,34 +163,38 @@ class ProcessPool:
         workers: number of candidates evaluated at once.
         log: file for what workers print.
         timeout: seconds that a run may take.
+        memory: GB that a run and its environment processes may use; None: no limit.
     """
 
-    def __init__(self, workers: int, log: Path, timeout: float) -> None:
-        self._log, self._timeout = log, timeout
-        self._events: queue.Queue[tuple[_Slot, dict[str, Any] | None]] = queue.Queue()
+    def __init__(self, workers: int, log: Path, timeout: float, memory: float | None = None) -> None:
+        self._log, self._timeout, self._memory = log, timeout, memory
+        self._events: queue.Queue[tuple[_Slot | None, dict[str, Any] | None]] = queue.Queue()
         self._slots = [_Slot(log, self._events) for _ in range(workers)]
 
     @property
     def free(self) -> int:
-        """Number of workers without a run."""
         return sum(s.key is None for s in self._slots)
 
-    def submit(self, key: str, request: RunRequest) -> None:
-        """Starts a run on a free worker; ``key`` names it in the events."""
+    def submit(self, key: str, job: Job) -> None:
         slot = next(s for s in self._slots if s.key is None)
         if slot.process.poll() is not None:
             slot = self._replace(slot)
-        slot.key, slot.seed = key, request.seed
+        slot.key, slot.seed = key, job.seed
         with contextlib.suppress(BrokenPipeError):  # the end of its output, on its way, reports the run as failed
-            slot.send({"key": key, "request": request.model_dump(mode="json"), "timeout": self._timeout})
+            slot.send({"key": key, "call" if isinstance(job, Call) else "request": job.model_dump(mode="json"),
+                       "timeout": self._timeout, "memory": self._memory})
+
+    def wake(self) -> None:
+        self._events.put((None, None))
 
     def poll(self, timeout: float) -> list[Event]:
-        """Events since the last call; waits up to ``timeout`` seconds for the first."""
         out: list[Event] = []
         while True:
             try:
                 slot, message = self._events.get(timeout=0 if out else timeout)
             except queue.Empty:
+                return out
+            if slot is None:
                 return out
             if message is None:
                 if slot.key is not None:

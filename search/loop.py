@@ -7,7 +7,6 @@ import fcntl
 import json
 import logging
 import platform
-import queue
 import shlex
 import shutil
 import signal
@@ -15,27 +14,30 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import lacer.encoders
 from lacer.agents import Agent, Evaluation, Protocol, RunRequest, load, versions
 from lacer.encoders import EncoderSpec
-from lacer.envs import LacerError, TaskCard, task_card
-from lacer.search.config import RESUMABLE, SearchConfig, expert_spec, validate, worker_count
+from lacer.envs import LacerError, Objective, TaskCard, task_card
+from lacer.search.config import RESUMABLE, SearchConfig, expert_spec, memory_share, validate, worker_count
 from lacer.search.designers.base import Designer, designer_class
-from lacer.search.executors import ProcessPool
+from lacer.search.engine import MAX_REJECTIONS, Budget, Engine, Listener
+from lacer.search.executors import Event, Executor, InProcess, ProcessPool
+from lacer.search.files import read_config, read_json, write_config, write_whole
 from lacer.search.outcome import EXPERT, NOOP, WINNER, Outcome
-from lacer.search.presets import read_yaml
 from lacer.search.progress import Display, clock, result_line
-from lacer.search.space import EncoderSpace, Point, load_space, read_space
-from lacer.search.study import Proposal, Study, Trial, sqlite_url, study_name
+from lacer.search.space import EncoderSpace, Point, SearchSpace, load_space, read_space
+from lacer.search.storage import has_password, sqlite_url, study_names, without_password
+from lacer.search.study import Proposal, StoredStudy, Trial
 from lacer.search.tracking import TensorBoard, WandB, wandb_mode
+
+if TYPE_CHECKING:
+    from lacer.search.plain import PointResult
 
 log = logging.getLogger("lacer")
 
@@ -45,9 +47,8 @@ WITHOUT_LLM = "evolution"
 FINAL_SEEDS = 500_000
 """Distance between the seeds of the evaluation episodes that choose and of those that are reported."""
 
-MAX_REJECTIONS = 50
-"""Rejected proposals in a row after which a search ends: the designer has nothing new to offer. With limits on the
-encoder ten times as many (an LLM's aside, which cost money), because designers do not know the limits."""
+REPEAT_SEEDS = 100_000
+"""Distance between the training seeds of an encoder that is evaluated several times."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,7 @@ def plan(config: SearchConfig) -> Plan:
     name = config.designer
     if name == "auto":
         name = "lacer" if config.llm else WITHOUT_LLM
-    cls = designer_class(name)
-    if cls.needs_llm and not config.llm:
-        raise LacerError(f"the designer {name!r} needs an LLM: add e.g. --llm openai:MODEL (and OPENAI_API_KEY, or "
-                         "--llm-base-url for a local server), or choose one that needs none, see `lacer designers`")
+    designer_class(name)
     space = load_space(config.space, card)
     expert = space.expert if space.expert is not None and config.expert is None else expert_spec(card, config.expert)
     try:
@@ -110,25 +108,38 @@ def plan(config: SearchConfig) -> Plan:
     return Plan(config, card, space, point, name)
 
 
-def make_designer(plan: Plan, folder: Path) -> Designer:
-    """The designer of a plan. Raises LacerError if an LLM designer's key or model is missing."""
-    cls = designer_class(plan.designer)
-    c = plan.config
+def make_designer(name: str, config: SearchConfig, folder: Path) -> Designer:
+    """A designer as configured. Raises LacerError if an LLM designer's key or model is missing."""
+    cls = designer_class(name)
     if not cls.needs_llm:
-        return cls(c.seed)
+        return cls(config.seed)
     from lacer.search.llm.client import LLMConfig
 
-    assert c.llm is not None
-    llm = LLMConfig(model=c.llm, base_url=c.llm_base_url, temperature=c.llm_temperature, timeout=c.llm_timeout,
-                    seed=c.seed)
-    designer = cls(c.seed, llm=llm, run_dir=folder, batch=c.batch)  # type: ignore[call-arg]
+    if not config.llm:
+        raise LacerError(f"the designer {name!r} needs an LLM: add e.g. --llm openai:MODEL (and OPENAI_API_KEY, or "
+                         "--llm-base-url for a local server), or choose one that needs none, see `lacer designers`")
+    llm = LLMConfig(model=config.llm, base_url=config.llm_base_url, temperature=config.llm_temperature,
+                    timeout=config.llm_timeout, seed=config.seed)
+    designer = cls(config.seed, llm=llm, run_dir=folder, batch=config.batch)  # type: ignore[call-arg]
     designer.check()  # type: ignore[attr-defined]
     return designer
 
 
+@overload
 def search(env: str | None = None, *, out: str | Path | None = None, resume: str | Path | None = None,
-           quiet: bool = False, **options: Any) -> SearchResult:
-    """Searches an encoder, trains the winner and writes a report.
+           quiet: bool = False, **options: Any) -> SearchResult: ...
+
+
+@overload
+def search(*, space: SearchSpace, objective: Callable[[Point], Any], metric: str = "score",
+           direction: Literal["maximize", "minimize"] = "maximize", out: str | Path | None = None,
+           resume: str | Path | None = None, quiet: bool = False, **options: Any) -> PointResult: ...
+
+
+def search(env: str | None = None, *, objective: Callable[[Point], Any] | None = None, metric: str = "score",
+           direction: Literal["maximize", "minimize"] = "maximize", out: str | Path | None = None,
+           resume: str | Path | None = None, quiet: bool = False, **options: Any) -> SearchResult | PointResult:
+    """Searches an encoder, trains the winner and writes a report; or searches any space with any function.
 
     ::
 
@@ -137,22 +148,45 @@ def search(env: str | None = None, *, out: str | Path | None = None, resume: str
         print(result.outcome.winner, result.report)
         action = result.best.predict(observation)
 
+        from lacer.search import Decision, SearchSpace
+        space = SearchSpace([Decision("width", (8, 16, 32)), Decision("depth", (1, 2, 3))])
+        result = search(space=space, objective=lambda point: point["width"] / point["depth"], candidates=6)
+        print(result.best_point, result.best_value)
+
     Args:
         env: registered environment id.
-        out: the run folder; default ``runs/<date-time-env-designer>``. Must not exist.
-        resume: an existing run folder to go on with; only budgets, workers, LLM and tracking may be changed.
+        objective: a function that takes a point of ``space`` (a dict) and returns a number, or an Evaluation; it may
+            raise ``optuna.TrialPruned``. Any other exception is a failed candidate. By default it is called in this
+            process; with ``workers=2`` or more in as many processes, which have to find it by its name.
+        metric, direction: name of the objective, and ``"maximize"`` or ``"minimize"``.
+        out: the run folder; default ``runs/<date-time-env-designer>``, with ``objective`` none. Must not exist.
+        resume: an existing run folder to go on with; only budgets, workers, LLM and tracking may be changed. With
+            ``objective``, space and objective are given again.
         quiet: nothing is printed.
         **options: fields of :class:`SearchConfig`; nested ones as dicts.
 
     Raises:
-        LacerError: wrong input, before anything expensive starts.
+        LacerError: wrong input, before anything expensive starts; the study cannot be written.
         KeyboardInterrupt: on Ctrl-C, after everything is stopped and stored.
     """
     if env is not None:
         options["env"] = env
+    if resume is not None and out is not None:
+        raise LacerError("out and resume exclude each other: a resumed search stays in its folder")
+    if objective is not None:
+        from lacer.search.plain import search_points
+
+        space = options.pop("space", None)
+        if not isinstance(space, SearchSpace):
+            raise LacerError("objective= needs space=, a SearchSpace")
+        config = resumed(Path(resume), options) if resume is not None else validate(options, "search()")
+        folder = resume if resume is not None else out
+        return search_points(space, objective, config, set(options), objective=Objective(metric, "", direction),
+                             folder=None if folder is None else Path(folder), resume=resume is not None, quiet=quiet)
+    if isinstance(options.get("space"), SearchSpace):
+        raise LacerError("space= as a SearchSpace needs objective=, the function to search with; for an environment "
+                         "give options by decision")
     if resume is not None:
-        if out is not None:
-            raise LacerError("out and resume exclude each other: a resumed search stays in its folder")
         return _search(resumed(Path(resume), options), Path(resume), quiet, fresh=False)
     return _search(validate(options, "search()"), None if out is None else Path(out), quiet, fresh=True)
 
@@ -161,22 +195,25 @@ def resumed(folder: Path, changes: dict[str, Any]) -> SearchConfig:
     """Configuration of a run folder with some fields changed.
 
     Raises:
-        LacerError: no run there, or a change that would make the trials incomparable.
+        LacerError: no run there, a damaged one, or a change that would make the trials incomparable.
     """
-    if not (folder / "config.yaml").is_file() or not (folder / "study.db").is_file():
-        raise LacerError(f"{folder} is no run: it has no {'config.yaml' if folder.is_dir() else 'such folder'}"
-                         if not (folder / "config.yaml").is_file() else f"{folder} is no run: it has no study.db")
-    old = read_yaml(folder / "config.yaml")
+    if not (folder / "config.yaml").is_file():
+        raise LacerError(f"{folder} is no run: it has no {'config.yaml' if folder.is_dir() else 'such folder'}")
+    old = read_config(folder / "config.yaml")
+    fixed = {"workers"} if old.get("deterministic") else set()
     for key, value in changes.items():
-        if key not in RESUMABLE and key in old and old[key] != value:
+        if key not in RESUMABLE - fixed and key in old and old[key] != value:
+            free = ", ".join(sorted(RESUMABLE - fixed))
             raise LacerError(f"{key} cannot change when a search is resumed ({old[key]!r} -> {value!r}); trials would "
-                             f"not be comparable. These can: {', '.join(sorted(RESUMABLE))}.")
+                             f"not be comparable. These can: {free}.")
     return validate({**old, **changes}, str(folder / "config.yaml"))
 
 
 def _search(config: SearchConfig, folder: Path | None, quiet: bool, fresh: bool) -> SearchResult:
     if isinstance(config.space, str):  # its content is kept with the run: a file may change before the run is resumed
         config = config.model_copy(update={"space": read_space(config.space)})
+    if config.deterministic:  # how many results a proposal knows depends on it
+        config = config.model_copy(update={"workers": worker_count(config)})
     checked = plan(config)
     if folder is None:
         name = checked.card.env_id.split("/")[-1].split(":")[-1]
@@ -190,30 +227,54 @@ def _search(config: SearchConfig, folder: Path | None, quiet: bool, fresh: bool)
         except LacerError as e:
             raise LacerError(f"the expert's encoder, the first candidate, breaks the limits: {e}. Raise the limits, or "
                              "give a smaller one with --expert encoder.json") from None
-    designer = make_designer(checked, folder)
+    designer = make_designer(checked.designer, config, folder)
     try:
         folder.mkdir(parents=True, exist_ok=not fresh)
-        (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-        if fresh:
-            (folder / "versions.json").write_text(json.dumps(_provenance(config), indent=1) + "\n")
+        with only_driver(folder), sigterm_as_interrupt():
+            study = _open_study(checked, folder, fresh)
+            return _Driver(checked, designer, study, folder, quiet).run()
     except OSError as e:
-        raise LacerError(f"cannot write the run folder {folder}: {e.strerror}") from None
-    with _only_driver(folder), _sigterm_as_interrupt():
-        return _Driver(checked, designer, folder, quiet).run()
+        raise LacerError(f"cannot write the run folder {folder}: {e.strerror or e}") from None
+
+
+def _open_study(plan: Plan, folder: Path, fresh: bool) -> StoredStudy:
+    """The study of a run folder, its other files written or checked.
+
+    Raises:
+        LacerError: it cannot be opened, made or read.
+    """
+    config = plan.config
+    url, name = config.storage or sqlite_url(folder / "study.db"), config.study_name or folder.name
+    if config.storage is None and (folder / "study.db").exists():
+        name = study_names(url)[0]  # a renamed folder does not rename its study
+    # A run that was killed before its first trial has no study yet; a run with results must have it.
+    begun = (folder / "events").is_dir()
+    if begun and config.storage is None and not (folder / "study.db").exists():
+        raise LacerError(f"{folder / 'study.db'} is missing. Restore it from a copy, or start a new run.")
+    if (folder / "versions.json").exists():
+        read_json(folder / "versions.json")
+    else:
+        write_whole(folder / "versions.json", json.dumps(_provenance(config), indent=1) + "\n")
+    stored = config.model_dump(mode="json")
+    if config.storage is not None:
+        stored |= {"storage": without_password(config.storage), "study_name": name}
+    write_config(folder / "config.yaml", stored)
+    return StoredStudy(url, name, plan.space, create="no" if begun else "yes" if fresh else "if missing")
 
 
 @contextlib.contextmanager
-def _only_driver(folder: Path) -> Iterator[None]:
+def only_driver(folder: Path) -> Iterator[None]:
     with (folder / "driver.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise LacerError(f"another process is working on {folder}") from None
+        except BlockingIOError:
+            raise LacerError(f"another process is working on {folder}; one driver at a time. To use more machines, let "
+                             "it use more workers: --executor ray") from None
         yield
 
 
 @contextlib.contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
+def sigterm_as_interrupt() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -236,63 +297,55 @@ def _provenance(config: SearchConfig) -> dict[str, Any]:
             "final_eval_seed": config.protocol.eval_seed + FINAL_SEEDS}
 
 
-class _Asker:
-    """Asks the designer in a thread of its own, so results are stored while an LLM thinks."""
+def make_executor(config: SearchConfig, folder: Path) -> Executor:
+    """The executor of a configuration. Raises LacerError if Ray is missing or does not answer."""
+    if config.executor == "inprocess":
+        return InProcess()
+    workers = worker_count(config)
+    if config.executor == "ray":
+        from lacer.search.ray_executor import RayExecutor
 
-    def __init__(self, designer: Designer, study: Study) -> None:
-        self._answers: queue.Queue[list[Proposal] | BaseException] = queue.Queue()
-        self._designer, self._study = designer, study
-        self.busy = False
-
-    def ask(self, n: int) -> None:
-        self.busy = True
-        threading.Thread(target=self._ask, args=(n,), daemon=True).start()
-
-    def _ask(self, n: int) -> None:
-        try:
-            self._answers.put(self._designer.propose(self._study, n))
-        except BaseException as e:  # handed to the driver, which raises it
-            self._answers.put(e)
-
-    def answers(self) -> list[Proposal]:
-        """Proposals that have come in since the last call."""
-        try:
-            got = self._answers.get_nowait()
-        except queue.Empty:
-            return []
-        self.busy = False
-        if isinstance(got, BaseException):
-            raise got
-        return got
+        return RayExecutor(config.workers or None, config.timeout, config.memory, address=config.ray_address,
+                           cpus=config.cpus_per_candidate, gpus=config.gpus_per_candidate)
+    return ProcessPool(workers, folder / "workers.log", config.timeout, config.memory or memory_share(workers))
 
 
-class _Driver:
-    def __init__(self, plan: Plan, designer: Designer, folder: Path, quiet: bool) -> None:
-        self.plan, self.config, self.card, self.designer, self.folder = plan, plan.config, plan.card, designer, folder
-        url = sqlite_url(folder / "study.db")
-        self.study = Study(url, study_name(url) or folder.name, plan.space)
+class _Driver(Listener):
+    def __init__(self, plan: Plan, designer: Designer, study: StoredStudy, folder: Path, quiet: bool) -> None:
+        self.plan, self.card, self.designer, self.study, self.folder = plan, plan.card, designer, study, folder
+        self.config = plan.config
+        if plan.config.storage is not None:  # what is shown and logged from here on
+            self.config = plan.config.model_copy(update={"storage": without_password(plan.config.storage)})
         self.display = Display(plan.card, plan.total_steps, quiet)
         self.start = time.monotonic()
-        self.before = float(self.study.get_attr("seconds") or 0.0)
-        self.running: dict[str, int] = {}
+        self.before = self._saved = float(study.get_attr("seconds") or 0.0)
+        self.ended = ""
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all sessions."""
+        return self.before + time.monotonic() - self.start
 
     # -- the search ---------------------------------------------------------------------------------------------------
 
     def run(self) -> SearchResult:
         c, say = self.config, self.display.say
-        workers = worker_count(c)
         say(f"Searching an encoder for {self.card.env_id}: {c.candidates} candidates x {c.protocol.steps:,} steps, "
-            f"{workers} at once, {self.plan.space.size():.3g} encoders possible. Folder: {self.folder}")
+            f"{worker_count(c)} at once, {self.plan.space.size():.3g} encoders possible. Folder: {self.folder}")
         if c.designer == "auto":
             say(f"Designer: {self.plan.designer} " + ("" if c.llm else "(no LLM given; the best that needs none)"))
-        pool = ProcessPool(workers, self.folder / "workers.log", c.timeout)
+        if c.storage is not None and has_password(str(self.plan.config.storage)):
+            say("The password in --storage is not kept; give it again to resume, or use PGPASSWORD or ~/.pgpass.")
+        executor = make_executor(c, self.folder)
         self.trackers: list[TensorBoard | WandB] = [TensorBoard(self.folder / "events")]
         try:
             wandb = self._wandb()
             if wandb is not None:
                 self.trackers.append(wandb)
-            self._candidates(pool)
-            finals = self._finals(pool)
+            self.ended = self._engine(executor).run()
+            if self.ended:
+                say(f"The search ends: {self.ended}.")
+            finals = self._finals(executor)
             outcome = self.outcome(finals)
             from lacer.search.report import write_report
 
@@ -301,80 +354,48 @@ class _Driver:
                 wandb.finish(outcome)
             self._close(0, 60)
         except KeyboardInterrupt:
-            pool.close()
+            executor.close()
             self.display.close()
             self._close(255, 0.5)
             say(f"Stopped. Nothing finished is lost. To go on: lacer search --resume {shlex.quote(str(self.folder))}")
             raise
+        except LacerError as e:  # the study cannot be written, or the LLM's key is wrong
+            self._close(1, 0.5)
+            raise LacerError(f"{e}\nNothing finished is lost. To go on: lacer search --resume "
+                             f"{shlex.quote(str(self.folder))}") from e
         finally:
-            self.study.set_attr("seconds", self.before + time.monotonic() - self.start)
-            pool.close()
+            with contextlib.suppress(LacerError):  # it has been reported if the study cannot be written
+                self.study.set_attr("seconds", self.seconds)
+            executor.close()
             self.display.close()
+            self.study.close()
         return SearchResult(self.folder, outcome)
 
-    def _candidates(self, pool: ProcessPool) -> None:
-        c, study = self.config, self.study
-        pending = [t for t in study.trials if t.status == "running"]
-        for t in study.trials:
-            if t.status in ("ok", "failed"):
-                self.display.skip(c.protocol.steps)
-                self.designer.observe(t)
-        if not study.trials:
-            pending.append(study.start(Proposal(self.plan.expert, "expert", "a sensible encoder made by hand")))
-        asker = _Asker(self.designer, study)
-        rejected_in_a_row, patience = 0, MAX_REJECTIONS * (10 if c.limits and not self.designer.needs_llm else 1)
-        while True:
-            counted = sum(t.status != "rejected" for t in study.trials)
-            while pending and pool.free:
-                self._submit(pool, pending.pop(0))
-            wanted = min(pool.free - len(pending), c.candidates - counted)
-            if wanted > 0 and not asker.busy and rejected_in_a_row < patience:
-                asker.ask(wanted)
-            if not self.running and not pending and not asker.busy:
-                break
-            for proposal in asker.answers():
-                trial = self._record(proposal)
-                if trial.status == "rejected":
-                    rejected_in_a_row += 1
-                    self.display.say(f"        #{trial.number} rejected ({trial.proposal.designer}): "
-                                     f"{trial.reason[:160]}")
-                else:
-                    rejected_in_a_row = 0
-                    pending.append(trial)
-            for event in pool.poll(0.05):
-                if event.progress is not None:
-                    self.display.progress(event.key, event.progress)
-                elif event.evaluation is not None:
-                    self._finished(event.key, event.evaluation)
-        if rejected_in_a_row >= patience:
-            self.display.say(f"{patience} proposals in a row were rejected: the search ends early.")
+    def _engine(self, executor: Executor) -> Engine:
+        c = self.config
+        for _ in range(self.study.count("ok", "failed", "pruned")):
+            self.display.skip(c.protocol.steps)
+        # Designers do not know the limits, so they run into them; an LLM is told, and costs money.
+        patience = MAX_REJECTIONS * (10 if c.limits and not self.designer.needs_llm else 1)
+        ahead = c.ahead if c.ahead is not None else int(self.designer.needs_llm)
+        return Engine(
+            self.study, self.designer, executor, self._job,
+            budget=Budget(c.candidates, c.max_env_steps, c.max_seconds, c.max_tokens),
+            first=Proposal(self.plan.expert, "expert", "a sensible encoder made by hand"), why_not=self._why_not,
+            repeats=c.repeats, lag=worker_count(c) if c.deterministic else None, ahead=ahead,
+            expected_steps=c.protocol.steps, elapsed=self.seconds, patience=patience, listener=self)
 
-    def _record(self, proposal: Proposal) -> Trial:
-        """Stores a proposal: running if it is new and within the limits, else rejected with the reason."""
-        if not proposal.rejected and proposal.point is not None:
-            reason = self._why_not(proposal.point)
-            if not reason:
-                return self.study.start(proposal)
-            proposal = replace(proposal, rejected=reason)
-        return self.study.reject(proposal)
+    def _job(self, trial: Trial, repeat: int) -> RunRequest:
+        assert trial.spec is not None
+        return self._request(trial.spec, self.config.protocol, self.config.seed + REPEAT_SEEDS * repeat)
 
-    def _why_not(self, point: Point) -> str:
-        code = self.study.space.to_ncode(point)
-        for t in self.study.trials:
-            if t.ncode == code and t.status != "rejected":
-                return f"the same encoder as #{t.number}"
+    def _why_not(self, proposal: Proposal) -> str:
+        assert proposal.point is not None
         try:
-            self.config.limits.check(self.study.space.to_spec(point), self.card, self.config.text_model)
+            self.config.limits.check(self.plan.space.to_spec(proposal.point), self.card, self.config.text_model)
         except LacerError as e:
             return str(e)
         return ""
-
-    def _submit(self, pool: ProcessPool, trial: Trial) -> None:
-        assert trial.spec is not None
-        key = f"#{trial.number}"
-        self.running[key] = trial.number
-        pool.submit(key, self._request(trial.spec, self.config.protocol, self.config.seed))
-        self.display.started(key, f"{key} {trial.spec.short()}", self.config.protocol.steps)
 
     def _request(self, spec: EncoderSpec | None, protocol: Protocol, seed: int,
                  save_to: Path | None = None) -> RunRequest:
@@ -383,13 +404,23 @@ class _Driver:
                           encoder=None if spec is None else spec.to_dict(), protocol=protocol, seed=seed,
                           text_model=c.text_model, save_to=None if save_to is None else str(save_to.resolve()))
 
-    def _finished(self, key: str, evaluation: Evaluation) -> None:
-        trial = self.study.finish(self.running.pop(key), evaluation)
-        self.designer.observe(trial)
+    def rejected(self, trial: Trial) -> None:
+        self.display.say(f"        #{trial.number} rejected ({trial.proposal.designer}): {trial.reason[:160]}")
+
+    def started(self, key: str, trial: Trial) -> None:
+        assert trial.spec is not None
+        self.display.started(key, f"{key} {trial.spec.short()}", self.config.protocol.steps)
+
+    def progress(self, event: Event) -> None:
+        assert event.progress is not None
+        self.display.progress(event.key, event.progress)
+
+    def finished(self, key: str | None, trial: Trial) -> None:
         best = self.study.best
-        done = sum(t.status in ("ok", "failed") for t in self.study.trials)
+        done = self.study.count("ok", "failed", "pruned")
         o = self.card.objective
-        self.display.ended(key, self.config.protocol.steps, result_line(trial, self.card, self.config.candidates, done))
+        self.display.ended(key or "", self.config.protocol.steps,
+                           result_line(trial, self.card, self.config.candidates, done))
         name = o.metric.replace("_", " ")
         self.display.headline(f"candidate {done} of {self.config.candidates} done" + (
             f", best {name} so far {best.objective:.3f} {o.unit} (#{best.number})" if best else ""))
@@ -398,10 +429,13 @@ class _Driver:
                 tracker.trial(trial, o.metric, best.objective if best else None)
             except Exception as e:  # a tracker never stops a search
                 self._drop(tracker, e)
+        if self.seconds - self._saved > 30:  # after kill -9 the budget of wall time still holds
+            self._saved = self.seconds
+            self.study.set_attr("seconds", self.seconds)
 
     # -- what comes after ---------------------------------------------------------------------------------------------
 
-    def _finals(self, pool: ProcessPool) -> dict[str, Evaluation]:
+    def _finals(self, pool: Executor) -> dict[str, Evaluation]:
         """Trains winner and expert with the final budget; evaluates them and doing nothing on fresh seeds."""
         c, best = self.config, self.study.best
         finals = {n: Evaluation.model_validate(e) for n in (NOOP, EXPERT, WINNER) if (e := self.study.get_attr(n))}
@@ -436,7 +470,7 @@ class _Driver:
             for event in pool.poll(0.1):
                 if event.progress is not None:
                     self.display.progress(event.key, event.progress)
-                elif event.evaluation is not None:
+                elif event.evaluation is not None and event.key in busy:
                     busy.discard(event.key)
                     e = event.evaluation
                     o = self.card.objective
@@ -459,13 +493,13 @@ class _Driver:
         for t in self.study.trials:
             for key in ("tokens_in", "tokens_out", "requests"):
                 usage[key] = usage.get(key, 0) + float(t.proposal.meta.get(key) or 0)
-        provenance = json.loads((self.folder / "versions.json").read_text())
+        provenance = read_json(self.folder / "versions.json")
         return Outcome(
             card=self.card, trials=self.study.trials, finals=finals, winner=None if best is None else best.number,
             config=self.config.model_dump(mode="json"),
             versions={**provenance["packages"], "platform": provenance["platform"], "git": provenance["git"] or "none"},
             command=f"lacer search --config {shlex.quote(str(self.folder / 'config.yaml'))} --out NEW_FOLDER",
-            seconds=self.before + time.monotonic() - self.start, usage=usage if any(usage.values()) else {})
+            seconds=self.seconds, usage=usage if any(usage.values()) else {})
 
     def _wandb(self) -> WandB | None:
         mode = wandb_mode(self.config.wandb)

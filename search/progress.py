@@ -8,13 +8,13 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from lacer.envs import TaskCard
 from lacer.search.outcome import Outcome
-from lacer.search.study import Trial
+from lacer.search.study import Study, Trial
 
 
 def clock(seconds: float) -> str:
@@ -106,6 +106,35 @@ class Display:
         """Removes the live part."""
         if self.live_mode:
             self._live.stop()
+
+
+class PointDisplay:
+    """One bar for a search whose objective is a function.
+
+    Args:
+        study: the search.
+        candidates: how many there will be.
+    """
+
+    def __init__(self, study: Study, candidates: int, quiet: bool = False) -> None:
+        console = Console(stderr=True, highlight=False)
+        self._study = study
+        self._bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=24),
+                             TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn(), console=console,
+                             transient=True, disable=quiet or not console.is_terminal)
+        self._task = self._bar.add_task("search", total=candidates, completed=study.count("ok", "failed", "pruned"))
+        self._bar.start()
+
+    def finished(self, trial: Trial) -> None:
+        """A candidate has ended."""
+        best = self._study.best
+        name = self._study.objective.metric.replace("_", " ")
+        text = "" if best is None else f"best {name} {best.objective:.5g} (#{best.number})"
+        self._bar.update(self._task, advance=1, description=text)
+
+    def close(self) -> None:
+        """Removes the bar."""
+        self._bar.stop()
 
 
 def result_line(trial: Trial, card: TaskCard, of: int, done: int) -> str:

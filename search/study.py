@@ -1,26 +1,23 @@
-"""Study and trials: every proposal of a search and what came of it, stored by Optuna."""
+"""Study and trials: every proposal of a search and what came of it."""
 
 from __future__ import annotations
 
+import bisect
 import threading
-import warnings
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
-import optuna
 from optuna.distributions import CategoricalDistribution
-from optuna.storages import BaseStorage
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial
 from pydantic import ValidationError
 
 from lacer.agents import Evaluation
 from lacer.encoders import EncoderSpec
-from lacer.envs import LacerError, TaskCard
-from lacer.search.space import EncoderSpace, Point
-
-optuna.logging.set_verbosity(optuna.logging.WARNING)
+from lacer.envs import LacerError, Objective, TaskCard
+from lacer.search.space import EncoderSpace, Point, SearchSpace
+from lacer.search.storage import State, Store
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,8 @@ class Proposal:
         rationale: why, in plain words.
         parents: numbers of the trials that it was derived from.
         rejected: why it cannot be evaluated; empty for valid proposals.
-        meta: anything else worth keeping, e.g. an LLM's reply, tokens, prompt file, expected effect.
+        meta: anything else worth keeping: an LLM's reply, ``tokens_in`` and ``tokens_out``, prompt file, expected
+            effect; ``env_steps`` that the designer spent on training of its own, which the budget is charged.
     """
 
     point: Point | None
@@ -44,7 +42,10 @@ class Proposal:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
 
-TrialStatus = Literal["running", "ok", "failed", "rejected"]
+TrialStatus = Literal["running", "ok", "failed", "pruned", "rejected"]
+
+_STATES: dict[TrialStatus, State] = {"running": "RUNNING", "ok": "COMPLETE", "failed": "FAIL", "pruned": "PRUNED",
+                                     "rejected": "FAIL"}
 
 
 @dataclass(frozen=True)
@@ -65,46 +66,55 @@ class Trial:
 
     @property
     def reason(self) -> str:
-        """Why a trial was rejected or failed."""
+        """Why a trial was rejected, failed or pruned."""
         return self.proposal.rejected or (self.evaluation.reason if self.evaluation is not None else "")
+
+    @property
+    def env_steps(self) -> int:
+        """Environment steps that this trial cost, the designer's own training included."""
+        own = int(self.proposal.meta.get("env_steps") or 0)
+        return own + (self.evaluation.cost.env_steps if self.evaluation is not None else 0)
+
+    @property
+    def tokens(self) -> int:
+        """LLM tokens that the proposal cost, in and out."""
+        return sum(int(self.proposal.meta.get(k) or 0) for k in ("tokens_in", "tokens_out"))
 
 
 class Study:
-    """All trials of one search, mirrored in memory; only the driver writes.
-
-    Every change is one transaction in Optuna's storage, so a study survives ``kill -9`` at any moment: a trial that
-    was running is running again after a resume, a finished one is there once.
+    """All trials of one search, in memory.
 
     Args:
-        storage: Optuna storage or its URL, e.g. ``sqlite:///runs/x/study.db``.
-        name: Optuna study name.
         space: the search space.
-        create: False opens an existing study only.
-
-    Raises:
-        LacerError: if the study cannot be opened or created.
+        objective: what is optimised; default: that of the task of an EncoderSpace, else a score to maximise.
+        trials: trials to begin with, by number.
     """
 
-    def __init__(self, storage: str | BaseStorage, name: str, space: EncoderSpace, *, create: bool = True) -> None:
+    def __init__(self, space: SearchSpace, objective: Objective | None = None, trials: Iterable[Trial] = ()) -> None:
         self.space = space
-        self.card: TaskCard = space.card
-        self._distributions = {d.name: CategoricalDistribution(d.options) for d in space.decisions}
-        try:
-            if create:
-                self.optuna = optuna.create_study(storage=storage, study_name=name, load_if_exists=True,
-                                                  direction=self.card.objective.direction)
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                    self.optuna.set_metric_names([self.card.objective.metric])
-            else:
-                self.optuna = optuna.load_study(storage=storage, study_name=name)
-        except KeyError:
-            raise LacerError(f"there is no study {name!r} in {storage}") from None
-        except Exception as e:  # the many errors of as many database drivers
-            raise LacerError(f"cannot open the study in {storage}: {str(e)[:300]}") from e
+        self.objective = objective or (space.card.objective if isinstance(space, EncoderSpace) else Objective("score"))
         self._lock = threading.Lock()
-        self._frozen: dict[int, int] = {}
-        self._trials: list[Trial] = [self._read(t) for t in self.optuna.get_trials(deepcopy=False)]
+        self._trials: list[Trial] = []
+        self._first: dict[str, int] = {}  # NCode -> its first trial
+        self._first_valid: dict[str, int] = {}  # the same without rejected ones
+        self._counts: Counter[TrialStatus] = Counter()
+        self._finished: list[Trial] = []
+        self._scores: dict[str, tuple[Trial, ...]] = {}  # the same by encoder
+        self._best: str | None = None  # a key of `_scores`
+        for t in trials:
+            self._append(t)
+
+    @property
+    def encoders(self) -> EncoderSpace:
+        """The search space where it is one of encoders. Raises LacerError if it is another one."""
+        if not isinstance(self.space, EncoderSpace):
+            raise LacerError("this designer searches encoders; for other spaces choose one that needs no LLM")
+        return self.space
+
+    @property
+    def card(self) -> TaskCard:
+        """The task, where the space is one of encoders. Raises LacerError if it is not."""
+        return self.encoders.card
 
     @property
     def trials(self) -> tuple[Trial, ...]:
@@ -112,102 +122,199 @@ class Study:
         with self._lock:
             return tuple(self._trials)
 
+    def __len__(self) -> int:
+        return len(self._trials)
+
+    def __getitem__(self, number: int) -> Trial:
+        return self._trials[number]
+
     @property
     def finished(self) -> list[Trial]:
         """Trials with a result, by number."""
-        return [t for t in self.trials if t.objective is not None]
+        with self._lock:
+            return list(self._finished)
 
     @property
     def best(self) -> Trial | None:
-        """The finished trial with the best objective; the earlier one among equals."""
-        sign = self.card.objective.signed
-        return max(self.finished, key=lambda t: (sign(t.objective or 0.0), -t.number), default=None)
+        """The trial of the best encoder, by its mean objective where it was evaluated several times; the earliest one
+        among equals."""
+        with self._lock:
+            return None if self._best is None else self._scores[self._best][0]
+
+    def _rank(self, code: str) -> tuple[float, int]:
+        same = self._scores[code]
+        return self.objective.signed(sum(t.objective or 0.0 for t in same) / len(same)), -same[0].number
+
+    def _add_result(self, t: Trial) -> None:
+        """Keeps `finished` and `best` up to date; the lock is held."""
+        bisect.insort(self._finished, t, key=lambda t: t.number)
+        code = t.ncode or f"#{t.number}"
+        same = self._scores.get(code, ())
+        self._scores[code] = tuple(sorted((*same, t), key=lambda t: t.number))
+        if self._best == code:
+            self._best = max(self._scores, key=self._rank)  # its mean may have fallen
+        elif self._best is None or self._rank(code) > self._rank(self._best):
+            self._best = code
+
+    def count(self, *statuses: TrialStatus) -> int:
+        """Number of trials of some statuses."""
+        return sum(self._counts[s] for s in statuses)
+
+    def seen(self, code: str) -> int | None:
+        """The first trial, rejected ones included, that proposed the encoder of an NCode."""
+        return self._first.get(code)
+
+    def evaluated(self, code: str) -> int | None:
+        """The first trial, running ones included, that evaluates the encoder of an NCode."""
+        return self._first_valid.get(code)
+
+    def view(self, hidden: Collection[int] = ()) -> Study:
+        """A copy as of now, in memory, in which the results of some trials are not there yet."""
+        new = Study(self.space, self.objective)
+        with self._lock:
+            new._trials, new._first, new._first_valid = list(self._trials), dict(self._first), dict(self._first_valid)
+            new._counts, new._best = self._counts.copy(), self._best
+            new._finished, new._scores = list(self._finished), dict(self._scores)
+        hide = [t for n in hidden if (t := new._trials[n]).status not in ("running", "rejected")]
+        for t in hide:
+            new._counts[t.status] -= 1
+            new._counts["running"] += 1
+            new._trials[t.number] = replace(t, status="running", evaluation=None)
+        if any(t.objective is not None for t in hide):
+            gone = {t.number for t in hide}
+            new._finished = [t for t in new._finished if t.number not in gone]
+            for code in {t.ncode or f"#{t.number}" for t in hide}:
+                kept = tuple(t for t in new._scores.pop(code, ()) if t.number not in gone)
+                new._scores |= {code: kept} if kept else {}
+            new._best = max(new._scores, key=new._rank, default=None)
+        return new
 
     def start(self, proposal: Proposal) -> Trial:
         """Records a valid proposal as running."""
         assert proposal.point is not None
         assert not proposal.rejected
-        return self._add(proposal, TrialState.RUNNING)
+        return self._add(proposal, "running")
 
     def reject(self, proposal: Proposal) -> Trial:
         """Records a proposal that will not be evaluated."""
         assert proposal.rejected
-        return self._add(proposal, TrialState.FAIL)
+        return self._add(proposal, "rejected")
 
     def finish(self, number: int, evaluation: Evaluation) -> Trial:
-        """Records the evaluation of a running trial, failed ones too."""
+        """Records the evaluation of a running trial, failed and pruned ones too."""
         old = self._trials[number]
         if old.status != "running":
             raise ValueError(f"trial {number} is {old.status}")
-        trial = optuna.trial.Trial(self.optuna, self._frozen[number])
-        # The evaluation first: if the process dies between the two calls, _read completes the trial from it.
-        trial.set_user_attr("evaluation", evaluation.model_dump(mode="json"))
-        self._tell(number, evaluation)
-        new = replace(old, status="ok" if evaluation.ok else "failed", evaluation=evaluation)
+        status: TrialStatus = "ok" if evaluation.ok else "pruned" if evaluation.status == "pruned" else "failed"
+        if status == "failed" and evaluation.status == "ok":
+            evaluation = evaluation.model_copy(update={
+                "status": "failed", "reason": evaluation.reason or f"the objective is {evaluation.objective}"})
+        self._store_result(old, status, evaluation)
+        new = replace(old, status=status, evaluation=evaluation)
         with self._lock:
             self._trials[number] = new
+            self._counts["running"] -= 1
+            self._counts[status] += 1
+            if new.objective is not None:
+                self._add_result(new)
         return new
+
+    def _add(self, proposal: Proposal, status: TrialStatus) -> Trial:
+        point = proposal.point
+        spec = self.space.to_spec(point) if point is not None and isinstance(self.space, EncoderSpace) else None
+        new = Trial(len(self._trials), status, proposal, spec, self.space.to_ncode(point) if point is not None else "")
+        self._store_new(new)
+        self._append(new)
+        return new
+
+    def _append(self, t: Trial) -> None:
+        with self._lock:
+            self._trials.append(t)
+            self._counts[t.status] += 1
+            if t.objective is not None:
+                self._add_result(t)
+            if t.ncode:
+                self._first.setdefault(t.ncode, t.number)
+                if t.status != "rejected":
+                    self._first_valid.setdefault(t.ncode, t.number)
+
+    def _store_new(self, trial: Trial) -> None:
+        """For subclasses that keep trials elsewhere too; called before the trial is in memory."""
+
+    def _store_result(self, trial: Trial, status: TrialStatus, evaluation: Evaluation) -> None:
+        """The same for a result."""
+
+
+class StoredStudy(Study):
+    """A study in a database, mirrored in memory; only the driver writes.
+
+    Every change is one transaction, so a study survives ``kill -9`` at any moment: a trial that was running is running
+    again after a resume, a finished one is there once.
+
+    Raises:
+        LacerError: the study cannot be opened, created or written; it belongs to another search space.
+    """
+
+    def __init__(self, url: str, name: str, space: SearchSpace, objective: Objective | None = None, *,
+                 create: Literal["no", "yes", "if missing"] = "if missing") -> None:
+        super().__init__(space, objective)
+        self._distributions = {d.name: CategoricalDistribution(d.options) for d in space.decisions}
+        self.store = Store(url, name, self.objective, create)
+        self._ids: list[int] = []
+        try:
+            for t in self.store.trials():
+                self._ids.append(t._trial_id)
+                self._append(self._read(t))
+        except LacerError as e:
+            raise LacerError(f"{e} (study {name!r} in {self.store.shown})") from None
 
     def get_attr(self, key: str) -> Any:
         """A value stored with the study, or None."""
-        return self.optuna.user_attrs.get(key)
+        return self.store.get_attr(key)
 
     def set_attr(self, key: str, value: Any) -> None:
         """Stores a JSON value with the study."""
-        self.optuna.set_user_attr(key, value)
+        self.store.set_attr(key, value)
 
-    def _tell(self, number: int, evaluation: Evaluation) -> None:
-        if evaluation.ok:
-            self.optuna.tell(number, evaluation.objective)
-        else:
-            self.optuna.tell(number, state=TrialState.FAIL)
+    def close(self) -> None:
+        """Closes the database."""
+        self.store.close()
 
-    def _add(self, proposal: Proposal, state: TrialState) -> Trial:
-        point = proposal.point or {}
-        attrs = {"designer": proposal.designer, "rationale": proposal.rationale, "parents": list(proposal.parents),
-                 "rejected": proposal.rejected, "meta": dict(proposal.meta)}
-        if point:
-            attrs["encoder"] = self.space.to_spec(point).to_dict()
-            attrs["ncode"] = self.space.to_ncode(point)
-        self.optuna.add_trial(create_trial(
-            state=state, params=point, distributions={k: self._distributions[k] for k in point}, user_attrs=attrs))
-        frozen = self.optuna.get_trials(deepcopy=False)[len(self._trials)]
-        new = self._read(frozen)
-        with self._lock:
-            self._trials.append(new)
-        return new
+    def _store_new(self, trial: Trial) -> None:
+        p = trial.proposal
+        attrs: dict[str, Any] = {"designer": p.designer, "rationale": p.rationale, "parents": list(p.parents),
+                                 "rejected": p.rejected, "meta": dict(p.meta)}
+        if p.point is not None:
+            attrs["ncode"] = trial.ncode
+        if trial.spec is not None:
+            attrs["encoder"] = trial.spec.to_dict()
+        self._ids.append(self.store.add(trial.number, _STATES[trial.status], p.point or {}, self._distributions, attrs))
+
+    def _store_result(self, trial: Trial, status: TrialStatus, evaluation: Evaluation) -> None:
+        self.store.finish(self._ids[trial.number], _STATES[status], evaluation.objective if status == "ok" else None,
+                          evaluation.curve, {"evaluation": evaluation.model_dump(mode="json")})
 
     def _read(self, t: FrozenTrial) -> Trial:
         a = t.user_attrs
-        self._frozen[t.number] = t._trial_id
         proposal = Proposal(dict(t.params) or None, a.get("designer", "?"), a.get("rationale", ""),
                             tuple(a.get("parents", ())), a.get("rejected", ""), a.get("meta", {}))
-        evaluation = None
+        evaluation: Evaluation | None = None
+        status: TrialStatus = "running"
         if "evaluation" in a:
             try:
                 evaluation = Evaluation.model_validate(a["evaluation"])
             except ValidationError as e:
                 raise LacerError(f"trial {t.number} holds no evaluation of this version: {str(e)[:200]}") from None
-        spec, ncode = None, ""
-        if proposal.point is not None:
-            point = self.space.check(proposal.point)
-            spec, ncode = self.space.to_spec(point), self.space.to_ncode(point)
-        status: TrialStatus = "running"
-        if evaluation is not None:
-            status = "ok" if evaluation.ok else "failed"
-            if not t.state.is_finished():
-                self._tell(t.number, evaluation)
+            status = "ok" if evaluation.ok else "pruned" if evaluation.status == "pruned" else "failed"
         elif t.state.is_finished():
             status = "rejected"
+        spec, ncode = None, ""
+        if proposal.point is not None:
+            try:
+                proposal = replace(proposal, point=self.space.check(proposal.point))
+            except LacerError as e:
+                raise LacerError(f"trial {t.number} is not of this search space: {e}") from None
+            assert proposal.point is not None
+            spec = self.space.to_spec(proposal.point) if isinstance(self.space, EncoderSpace) else None
+            ncode = self.space.to_ncode(proposal.point)
         return Trial(t.number, status, proposal, spec, ncode, evaluation)
-
-
-def study_name(url: str) -> str | None:
-    """Name of the study in a run folder's storage, which a renamed folder does not change; None for a new storage."""
-    names = optuna.get_all_study_names(url)
-    return names[0] if names else None
-
-
-def sqlite_url(path: Path) -> str:
-    """Optuna storage URL of a SQLite file."""
-    return f"sqlite:///{path.resolve()}"

@@ -38,11 +38,12 @@ class Designer(ABC):
         """Up to ``n`` new proposals, at least one (a rejected one counts), given all trials so far."""
 
     def observe(self, trial: Trial) -> None:  # noqa: B027 (optional)
-        """Called once with every finished or failed trial."""
+        """Called once with every finished, failed or pruned trial, between two calls of `propose`; those of an earlier
+        session come again."""
 
     def rng(self, study: Study) -> np.random.Generator:
         """Random numbers that depend on the seed and on how far the study is, on nothing else."""
-        return np.random.default_rng([self.seed, len(study.trials)])
+        return np.random.default_rng([self.seed, len(study)])
 
     @classmethod
     def summary(cls) -> str:
@@ -53,7 +54,7 @@ class Designer(ABC):
 def unseen(study: Study, batch: list[Proposal], point: Point) -> bool:
     """Whether a point is neither in the study nor in the batch being made."""
     code = study.space.to_ncode(point)
-    return all(t.ncode != code for t in study.trials) and all(
+    return study.seen(code) is None and all(
         p.point is None or study.space.to_ncode(p.point) != code for p in batch)
 
 

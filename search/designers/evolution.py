@@ -27,8 +27,8 @@ class Evolution(Designer):
 
     def propose(self, study: Study, n: int) -> list[Proposal]:
         rng = self.rng(study)
-        sign = study.card.objective.signed
-        started = sum(t.status != "rejected" for t in study.trials)
+        sign = study.objective.signed
+        started = len(study) - study.count("rejected")
         alive = study.finished[-self.population:]
         out: list[Proposal] = []
         for i in range(n):

@@ -84,7 +84,7 @@ class Lacer(Designer):
         for attempt in range(1 + self.llm.repairs):
             need = k - len(accepted)
             try:
-                reply = self.client.complete(messages, reply_schema(study.space, need),
+                reply = self.client.complete(messages, reply_schema(study.encoders, need),
                                              0 if self._gave_up(study) else None)
             except LLMError as e:
                 if e.fatal and not self.client.answered:
@@ -108,7 +108,7 @@ class Lacer(Designer):
               rejected: list[Proposal]) -> list[str]:
         """Sorts the encoders of a reply into accepted and rejected ones; the errors to tell the model."""
         errors: list[str] = []
-        answers = parse_reply(reply.text, study.space, need)
+        answers = parse_reply(reply.text, study.encoders, need)
         for i, a in enumerate(answers):
             first = i == 0  # what the reply cost is counted once
             meta: dict[str, Any] = {
@@ -131,11 +131,13 @@ class Lacer(Designer):
     def _repeated(self, point: Point | None, study: Study, accepted: list[Proposal]) -> str:
         assert point is not None
         code = study.space.to_ncode(point)
-        for t in study.trials:
-            if t.ncode == code:
-                became = (f"scored {t.objective:.3g}" if t.objective is not None else
-                          {"running": "is being evaluated", "failed": "failed"}.get(t.status, "was rejected"))
-                return f"this encoder is the same as #{t.number}, which {became}; propose a new one"
+        first = study.seen(code)
+        if first is not None:
+            t = study[first]
+            became = (f"scored {t.objective:.3g}" if t.objective is not None else
+                      {"running": "is being evaluated", "failed": "failed", "pruned": "was ended early as hopeless"}
+                      .get(t.status, "was rejected"))
+            return f"this encoder is the same as #{t.number}, which {became}; propose a new one"
         if any(p.point is not None and study.space.to_ncode(p.point) == code for p in accepted):
             return "this encoder is the same as another one of your reply; propose a new one"
         return ""

@@ -43,9 +43,9 @@ def render(study: Study, k: int, feedback: Collection[str] = FEEDBACK, max_chars
         max_chars: the history is shortened to keep the prompt within this, where it can be.
     """
     fixed = {"card": study.card, "objective": study.card.objective, "k": k, "feedback": set(feedback),
-             "sources": describe_space(study.space), "probes": MEANING,
-             "action": describe_action(study.card.action_space), "optional": _optional(study.space),
-             "routing": _routing(study.space)}
+             "sources": describe_space(study.encoders), "probes": MEANING,
+             "action": describe_action(study.card.action_space), "optional": _optional(study.encoders),
+             "routing": _routing(study.encoders)}
     text = ""
     for detail, digest in _LEVELS:
         text = template("lacer.md").render(**fixed, **_history(study, detail, digest, "expert" in feedback))
@@ -148,7 +148,7 @@ def _example(study: Study, best: Trial | None) -> str:
     """An encoder in the form of a reply: the best one, or the first of the space."""
     if best is not None and best.spec is not None:
         return json.dumps(best.spec.to_dict())
-    return json.dumps(study.space.to_spec(next(study.space.points(limit=1))).to_dict())
+    return json.dumps(study.encoders.to_spec(next(study.space.points(limit=1))).to_dict())
 
 
 def _history(study: Study, detail: int, digest: int, with_expert: bool) -> dict[str, Any]:

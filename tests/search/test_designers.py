@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from optuna.storages import InMemoryStorage
 
 from lacer.agents import Evaluation
 from lacer.envs import LacerError, task_card
 from lacer.search.designers.base import Designer, designer_class, designers
 from lacer.search.designers.evolution import Evolution
 from lacer.search.space import EncoderSpace, Point
-from lacer.search.study import Proposal, Study, sqlite_url
+from lacer.search.storage import sqlite_url
+from lacer.search.study import Proposal, StoredStudy, Study
 
 PLAIN = [name for name, cls in designers().items() if not cls.needs_llm]
 CARD = task_card("lacer/KnownSources-v0")
@@ -46,7 +46,7 @@ def play(designer: Designer, study: Study, n: int, batch: int = 1, failing: bool
 
 
 def new_study(space: EncoderSpace = SPACE) -> Study:
-    return Study(InMemoryStorage(), "s", space)
+    return Study(space)
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -54,8 +54,8 @@ class TestContract:
     def test_deterministic_and_resumes_from_the_study_alone(self, name: str, tmp_path: Path) -> None:
         whole = play(designer_class(name)(3), new_study(), 14)
         url = sqlite_url(tmp_path / "study.db")
-        first = play(designer_class(name)(3), Study(url, "s", SPACE), 7)
-        assert first + play(designer_class(name)(3), Study(url, "s", SPACE), 7) == whole
+        first = play(designer_class(name)(3), StoredStudy(url, "s", SPACE), 7)
+        assert first + play(designer_class(name)(3), StoredStudy(url, "s", SPACE), 7) == whole
         assert play(designer_class(name)(4), new_study(), 14) != whole
 
     @pytest.mark.parametrize("batch", [1, 16])

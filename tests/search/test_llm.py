@@ -25,7 +25,8 @@ from lacer.search.llm import LLMClient, LLMConfig, client, parse_reply, render, 
 from lacer.search.llm.prompt import quoted
 from lacer.search.llm.reply import find_json
 from lacer.search.space import EncoderSpace
-from lacer.search.study import Proposal, Study, sqlite_url
+from lacer.search.storage import sqlite_url
+from lacer.search.study import Proposal, StoredStudy, Study
 
 CARD = task_card("lacer/KnownSources-v0")
 SPACE = EncoderSpace(CARD)
@@ -87,7 +88,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def new_study(storage: str | None = None, space: EncoderSpace = SPACE) -> Study:
     """In memory without a storage."""
-    return Study(storage, "s", space)  # type: ignore[arg-type]
+    return Study(space) if storage is None else StoredStudy(storage, "s", space)
 
 
 @pytest.fixture

@@ -11,14 +11,19 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
+from lacer.agents import Call, Evaluation
 from lacer.encoders import EncoderSpec, list_blocks, predict
 from lacer.envs import LacerError, task_card
 from lacer.search import show
 from lacer.search.config import validate
 from lacer.search.designers.base import designer_class
 from lacer.search.drawing import encoder_svg
+from lacer.search.engine import Budget, Engine
+from lacer.search.executors import InProcess
 from lacer.search.loop import _Driver, _search, plan
 from lacer.search.show import block_page, encoder_table
+from lacer.search.storage import sqlite_url
+from lacer.search.study import StoredStudy
 from tests.search.conftest import TINY
 from tests.search.test_cli import run
 
@@ -153,13 +158,16 @@ def test_proposals_beyond_the_limits_are_rejected(designer: str, tmp_path: Path)
     expert.write_text(json.dumps({"sources": SMALL, "fusion": {"block": "concat", "width": 16}}))
     config = {**TINY, "designer": designer, "expert": str(expert), "limits": {"parameters": 20_000}}
     checked = plan(validate(config, "test"))
-    driver = _Driver(checked, designer_class(designer)(0), tmp_path, quiet=True)
-    for _ in range(8):
-        for proposal in driver.designer.propose(driver.study, 2):
-            driver._record(proposal)
-    trials = driver.study.trials
+    study = StoredStudy(sqlite_url(tmp_path / "study.db"), "s", checked.space)
+    driver = _Driver(checked, designer_class(designer)(0), study, tmp_path, quiet=True)
+    executor = InProcess(lambda point: Evaluation(objective=0.0, mean_return=0.0))
+    engine = Engine(study, driver.designer, executor, lambda t, _: Call(function="", point=t.proposal.point or {}),
+                    budget=Budget(candidates=16), why_not=driver._why_not, patience=500, listener=driver)
+    driver.trackers = []
+    assert engine.run() == ""
+    trials = study.trials
     driver.display.close()
-    assert {t.status for t in trials} == {"running", "rejected"}
+    assert {t.status for t in trials} == {"ok", "rejected"}
     for t in trials:
         assert t.spec is not None
         size = predict(t.spec, checked.card, "hash").parameters

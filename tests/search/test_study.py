@@ -11,7 +11,8 @@ import pytest
 from lacer.agents import Evaluation
 from lacer.envs import LacerError, task_card
 from lacer.search.space import EncoderSpace
-from lacer.search.study import Proposal, Study, sqlite_url
+from lacer.search.storage import sqlite_url
+from lacer.search.study import Proposal, StoredStudy, Study
 
 SPACE = EncoderSpace(task_card("lacer/KnownSources-v0"))
 
@@ -25,12 +26,12 @@ def fill(study: Study, n: int) -> None:
 
 
 def test_everything_comes_back(tmp_path: Path) -> None:
-    study = Study(sqlite_url(tmp_path / "study.db"), "s", SPACE)
+    study = StoredStudy(sqlite_url(tmp_path / "study.db"), "s", SPACE)
     fill(study, 6)
     study.reject(Proposal(None, "lacer", "no idea", rejected="not JSON", meta={"reply": "```"}))
     running = study.start(Proposal(SPACE.sample(np.random.default_rng(9)), "random"))
     study.set_attr("final", {"a": [1, 2]})
-    again = Study(sqlite_url(tmp_path / "study.db"), "s", SPACE, create=False)
+    again = StoredStudy(sqlite_url(tmp_path / "study.db"), "s", SPACE, create="no")
     assert again.trials == study.trials
     assert [t.status for t in again.trials] == ["ok", "ok", "failed", "ok", "ok", "ok", "rejected", "running"]
     assert again.trials[6].reason == "not JSON"
@@ -44,20 +45,8 @@ def test_everything_comes_back(tmp_path: Path) -> None:
         again.finish(running.number, Evaluation(objective=1.0))
 
 
-def test_a_result_whose_state_was_not_written_is_completed(tmp_path: Path) -> None:
-    """The process may die between the two transactions of `finish`."""
-    study = Study(sqlite_url(tmp_path / "study.db"), "s", SPACE)
-    trial = study.start(Proposal(SPACE.sample(np.random.default_rng(0)), "random"))
-    raw = optuna.load_study(storage=sqlite_url(tmp_path / "study.db"), study_name="s")
-    optuna.trial.Trial(raw, raw.trials[0]._trial_id).set_user_attr(
-        "evaluation", Evaluation(objective=4.0, mean_return=2.0).model_dump(mode="json"))
-    again = Study(sqlite_url(tmp_path / "study.db"), "s", SPACE)
-    assert again.trials[trial.number].objective == 4.0
-    assert optuna.load_study(storage=sqlite_url(tmp_path / "study.db"), study_name="s").trials[0].value == 4.0
-
-
 def test_optuna_sees_meaningful_names(tmp_path: Path) -> None:
-    fill(Study(sqlite_url(tmp_path / "study.db"), "s", SPACE), 6)
+    fill(StoredStudy(sqlite_url(tmp_path / "study.db"), "s", SPACE), 6)
     raw = optuna.load_study(storage=sqlite_url(tmp_path / "study.db"), study_name="s")
     assert raw.metric_names == ["score"]
     assert raw.best_value == 3.0
@@ -72,11 +61,11 @@ def test_minimised_objective(tmp_path: Path) -> None:
     from lacer.envs import Objective
 
     space = EncoderSpace(replace(SPACE.card, objective=Objective("delay", "s", "minimize")))
-    study = Study(sqlite_url(tmp_path / "study.db"), "s", space)
+    study = StoredStudy(sqlite_url(tmp_path / "study.db"), "s", space)
     fill(study, 5)
     assert study.best is not None
     assert study.best.objective == 0.0
-    assert study.optuna.best_value == 0.0
+    assert study.store.study.best_value == 0.0
 
 
 @pytest.mark.parametrize("content", [b"", b"not a database at all", None])
@@ -84,5 +73,5 @@ def test_no_study_there(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "study.db"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(LacerError, match=r"no study|cannot open"):
-        Study(sqlite_url(path), "s", SPACE, create=False)
+    with pytest.raises(LacerError, match=r"no study|is damaged"):
+        StoredStudy(sqlite_url(path), "s", SPACE, create="no")

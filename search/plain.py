@@ -1,0 +1,140 @@
+"""Searching any space with any function as the objective: no environment, no training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lacer.agents import Call
+from lacer.agents.calls import reference
+from lacer.envs import LacerError, Objective
+from lacer.search.config import SearchConfig, memory_share, worker_count
+from lacer.search.engine import MAX_REJECTIONS, Budget, Engine, Listener
+from lacer.search.executors import Executor, InProcess, ProcessPool
+from lacer.search.files import write_config
+from lacer.search.loop import make_designer, only_driver, sigterm_as_interrupt
+from lacer.search.progress import PointDisplay
+from lacer.search.space import Point, SearchSpace
+from lacer.search.storage import sqlite_url, study_names, without_password
+from lacer.search.study import StoredStudy, Study, Trial
+
+Function = Callable[[Point], Any]
+
+_ELSEWHERE = {"env", "env_kwargs", "eval_env_kwargs", "protocol", "final_steps", "final_episodes", "space", "limits",
+              "expert", "text_model", "wandb", "wandb_project"}
+"""Fields of the configuration that only a search with an environment has."""
+
+
+@dataclass(frozen=True)
+class PointResult:
+    """What a search with a function as its objective returns.
+
+    Attributes:
+        study: all trials.
+        ended: why it ended before all candidates were evaluated, else "".
+        folder: the run folder, None if nothing was stored.
+    """
+
+    study: Study
+    ended: str
+    folder: Path | None
+
+    @property
+    def best(self) -> Trial | None:
+        """The best trial, None if none finished."""
+        return self.study.best
+
+    @property
+    def best_point(self) -> Point | None:
+        """The best architecture."""
+        return None if self.best is None else self.best.proposal.point
+
+    @property
+    def best_value(self) -> float | None:
+        """Its objective."""
+        return None if self.best is None else self.best.objective
+
+
+def search_points(space: SearchSpace, function: Function, config: SearchConfig, given: set[str], *,
+                  objective: Objective, folder: Path | None, resume: bool, quiet: bool) -> PointResult:
+    """See :func:`lacer.search.search`. ``given`` are the names of the options that were given."""
+    wrong = sorted(given & _ELSEWHERE)
+    if wrong:
+        raise LacerError(f"{', '.join(wrong)}: only for a search with an environment, not with objective=")
+    if "executor" not in given:
+        config = config.model_copy(update={"executor": "process" if config.workers > 1 else "inprocess"})
+    if config.deterministic:
+        config = config.model_copy(update={"workers": worker_count(config)})
+    name = "evolution" if config.designer == "auto" else config.designer
+    if config.executor != "inprocess":
+        reference(function)
+    if folder is not None and not resume and folder.exists():
+        raise LacerError(f"{folder} exists already; to go on with it: resume={str(folder)!r}")
+    designer = make_designer(name, config, folder or Path())
+    if folder is None and config.storage is None:
+        return _run(Study(space, objective), designer, function, config, None, quiet)
+    if folder is None:
+        raise LacerError("storage needs a run folder: give out=")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with only_driver(folder), sigterm_as_interrupt():
+            url, name = config.storage or sqlite_url(folder / "study.db"), config.study_name or folder.name
+            if config.storage is None and (folder / "study.db").exists():
+                name = study_names(url)[0]
+            stored = config.model_dump(mode="json", exclude=_ELSEWHERE)
+            if config.storage is not None:
+                stored |= {"storage": without_password(config.storage), "study_name": name}
+            write_config(folder / "config.yaml", stored)
+            study = StoredStudy(url, name, space, objective, create="if missing" if resume else "yes")
+            try:
+                return _run(study, designer, function, config, folder, quiet)
+            finally:
+                study.close()
+    except OSError as e:
+        raise LacerError(f"cannot write the run folder {folder}: {e}") from None
+
+
+def _run(study: Study, designer: Any, function: Function, config: SearchConfig, folder: Path | None,
+         quiet: bool) -> PointResult:
+    executor = _executor(function, config, folder)
+    name = "" if isinstance(executor, InProcess) else reference(function)
+    before = float(study.get_attr("seconds") or 0.0) if isinstance(study, StoredStudy) else 0.0
+    display = PointDisplay(study, config.candidates, quiet)
+    engine = Engine(
+        study, designer, executor,
+        lambda trial, repeat: Call(function=name, point=trial.proposal.point or {}, seed=config.seed + repeat),
+        budget=Budget(config.candidates, config.max_env_steps, config.max_seconds, config.max_tokens),
+        repeats=config.repeats, lag=worker_count(config) if config.deterministic else None,
+        ahead=config.ahead if config.ahead is not None else int(designer.needs_llm), elapsed=before,
+        patience=MAX_REJECTIONS, listener=_Shown(display))
+    try:
+        ended = engine.run()
+    finally:
+        executor.close()
+        display.close()
+        if isinstance(study, StoredStudy):
+            study.set_attr("seconds", engine.seconds)
+    return PointResult(study, ended, folder)
+
+
+def _executor(function: Function, config: SearchConfig, folder: Path | None) -> Executor:
+    if config.executor == "inprocess":
+        return InProcess(function)
+    workers = worker_count(config)
+    if config.executor == "ray":
+        from lacer.search.ray_executor import RayExecutor
+
+        return RayExecutor(config.workers or None, config.timeout, config.memory, address=config.ray_address,
+                           cpus=config.cpus_per_candidate, gpus=config.gpus_per_candidate)
+    log = Path("/dev/null") if folder is None else folder / "workers.log"
+    return ProcessPool(workers, log, config.timeout, config.memory or memory_share(workers))
+
+
+class _Shown(Listener):
+    def __init__(self, display: PointDisplay) -> None:
+        self._display = display
+
+    def finished(self, key: str | None, trial: Trial) -> None:
+        self._display.finished(trial)
