@@ -35,8 +35,8 @@ def read_config(path: Path) -> dict[str, Any]:
     """Reads ``config.yaml``. Raises LacerError if it is not there, cut, or no YAML."""
     data = read_yaml(path)
     if not path.read_text(encoding="utf-8").endswith(END):
-        raise LacerError(f"{path} is damaged: its end is missing ({END.strip()!r}). Restore it from a copy; it was left "
-                         "as it is.")
+        raise LacerError(f"{path} is damaged: its end is missing ({END.strip()!r}). Restore it from a copy; the file "
+                         "was left as it is.")
     return data
 
 

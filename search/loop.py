@@ -297,17 +297,25 @@ def _provenance(config: SearchConfig) -> dict[str, Any]:
             "final_eval_seed": config.protocol.eval_seed + FINAL_SEEDS}
 
 
-def make_executor(config: SearchConfig, folder: Path) -> Executor:
-    """The executor of a configuration. Raises LacerError if Ray is missing or does not answer."""
+def make_executor(config: SearchConfig, log: Path, function: Callable[[Point], Any] | None = None) -> Executor:
+    """The executor of a configuration.
+
+    Args:
+        log: file for what workers print.
+        function: the objective, where it is not a PPO run.
+
+    Raises:
+        LacerError: Ray is missing or does not answer.
+    """
     if config.executor == "inprocess":
-        return InProcess()
+        return InProcess(function)
     workers = worker_count(config)
     if config.executor == "ray":
         from lacer.search.ray_executor import RayExecutor
 
         return RayExecutor(config.workers or None, config.timeout, config.memory, address=config.ray_address,
                            cpus=config.cpus_per_candidate, gpus=config.gpus_per_candidate)
-    return ProcessPool(workers, folder / "workers.log", config.timeout, config.memory or memory_share(workers))
+    return ProcessPool(workers, log, config.timeout, config.memory or memory_share(workers))
 
 
 class _Driver(Listener):
@@ -336,7 +344,7 @@ class _Driver(Listener):
             say(f"Designer: {self.plan.designer} " + ("" if c.llm else "(no LLM given; the best that needs none)"))
         if c.storage is not None and has_password(str(self.plan.config.storage)):
             say("The password in --storage is not kept; give it again to resume, or use PGPASSWORD or ~/.pgpass.")
-        executor = make_executor(c, self.folder)
+        executor = make_executor(c, self.folder / "workers.log")
         self.trackers: list[TensorBoard | WandB] = [TensorBoard(self.folder / "events")]
         try:
             wandb = self._wandb()

@@ -10,11 +10,11 @@ from typing import Any
 from lacer.agents import Call
 from lacer.agents.calls import reference
 from lacer.envs import LacerError, Objective
-from lacer.search.config import SearchConfig, memory_share, worker_count
+from lacer.search.config import SearchConfig, worker_count
 from lacer.search.engine import MAX_REJECTIONS, Budget, Engine, Listener
-from lacer.search.executors import Executor, InProcess, ProcessPool
+from lacer.search.executors import InProcess
 from lacer.search.files import write_config
-from lacer.search.loop import make_designer, only_driver, sigterm_as_interrupt
+from lacer.search.loop import make_designer, make_executor, only_driver, sigterm_as_interrupt
 from lacer.search.progress import PointDisplay
 from lacer.search.space import Point, SearchSpace
 from lacer.search.storage import sqlite_url, study_names, without_password
@@ -98,7 +98,7 @@ def search_points(space: SearchSpace, function: Function, config: SearchConfig, 
 
 def _run(study: Study, designer: Any, function: Function, config: SearchConfig, folder: Path | None,
          quiet: bool) -> PointResult:
-    executor = _executor(function, config, folder)
+    executor = make_executor(config, Path("/dev/null") if folder is None else folder / "workers.log", function)
     name = "" if isinstance(executor, InProcess) else reference(function)
     before = float(study.get_attr("seconds") or 0.0) if isinstance(study, StoredStudy) else 0.0
     display = PointDisplay(study, config.candidates, quiet)
@@ -117,19 +117,6 @@ def _run(study: Study, designer: Any, function: Function, config: SearchConfig, 
         if isinstance(study, StoredStudy):
             study.set_attr("seconds", engine.seconds)
     return PointResult(study, ended, folder)
-
-
-def _executor(function: Function, config: SearchConfig, folder: Path | None) -> Executor:
-    if config.executor == "inprocess":
-        return InProcess(function)
-    workers = worker_count(config)
-    if config.executor == "ray":
-        from lacer.search.ray_executor import RayExecutor
-
-        return RayExecutor(config.workers or None, config.timeout, config.memory, address=config.ray_address,
-                           cpus=config.cpus_per_candidate, gpus=config.gpus_per_candidate)
-    log = Path("/dev/null") if folder is None else folder / "workers.log"
-    return ProcessPool(workers, log, config.timeout, config.memory or memory_share(workers))
 
 
 class _Shown(Listener):

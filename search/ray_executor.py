@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +50,11 @@ class RayExecutor(Executor):
         self._saving: dict[str, Path] = {}
         self._looked, self._room = 0.0, 0
         try:
-            with _without_secrets():
-                ray.init(address=address, ignore_reinit_error=True, include_dashboard=False, log_to_driver=False,
-                         configure_logging=False, **({} if address else {"num_cpus": os.cpu_count()}))
+            with _without_secrets() if address is None else nullcontext():
+                ray.init(address=address or "local", include_dashboard=False, log_to_driver=False,
+                         configure_logging=False)
         except Exception as e:  # Ray's own and gRPC's
-            raise LacerError(f"the Ray cluster at {address or 'this machine'} does not answer: {str(e)[:300]}") from None
+            raise LacerError(f"the Ray cluster {address or 'here'} does not answer: {str(e)[:300]}") from None
         need = {"CPU": cpus, "GPU": gpus}
         nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
         if not any(all(node.get(k, 0) >= v for k, v in need.items()) for node in nodes):
@@ -64,7 +64,7 @@ class RayExecutor(Executor):
         # Zero CPUs, on this node: where a candidate's node is lost, the news of others go on.
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(),
                                                                             soft=False)
-        self._mail = ray.remote(_Mail).options(num_cpus=0, scheduling_strategy=here, max_concurrency=4).remote()
+        self._mail: Any = ray.remote(_Mail).options(num_cpus=0, scheduling_strategy=here, max_concurrency=4).remote()
         self._task = ray.remote(_evaluate).options(num_cpus=cpus, num_gpus=gpus, max_retries=-1)
         self._limits = timeout, memory
         self._closed = threading.Event()
@@ -107,7 +107,7 @@ class RayExecutor(Executor):
 
     def _listen(self) -> None:
         """Waits for results and progress in a thread; ends with the executor."""
-        ray = self._ray
+        ray, take = self._ray, self._mail.take
         while not self._closed.is_set():
             waiting = {ref: key for key, ref in list(self._running.items())}
             if not waiting:
@@ -117,7 +117,7 @@ class RayExecutor(Executor):
             for ref in done:
                 self._result(waiting[ref], ref)
             try:
-                for key, progress in ray.get(self._mail.take.remote(), timeout=10):
+                for key, progress in ray.get(take.remote(), timeout=10):
                     self._events.put(Event(key, progress, None))
             except ray.exceptions.RayError:  # the news are lost, results are not
                 self._closed.wait(1.0)

@@ -16,13 +16,12 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import optuna
 import sqlalchemy as sa
 from optuna.distributions import CategoricalDistribution, distribution_to_json
 from optuna.storages import RDBStorage
-from optuna.trial import FrozenTrial
 from sqlalchemy.engine import Connection, make_url
 
 from lacer.envs import LacerError, Objective
@@ -36,6 +35,16 @@ BUSY_SECONDS = 60
 
 _TABLES = ("trials", "trial_params", "trial_user_attributes", "trial_values", "trial_intermediate_values",
            "study_user_attributes")
+
+
+class Row(NamedTuple):
+    """A trial as it is stored."""
+
+    number: int
+    id: int
+    state: str
+    params: dict[str, Any]
+    attrs: dict[str, Any]
 
 
 class Store:
@@ -111,13 +120,30 @@ class Store:
         with self._errors("write"), self.storage.engine.begin() as connection:
             yield connection
 
-    def trials(self) -> list[FrozenTrial]:
-        """All trials, by number."""
-        with self._errors("read"):
-            trials = self.storage.get_all_trials(self._id, deepcopy=False)
-        if [t.number for t in trials] != list(range(len(trials))):
-            raise LacerError(f"the study in {self._file or self.shown} is damaged: trials are missing")
-        return trials
+    def trials(self, distributions: Mapping[str, CategoricalDistribution]) -> list[Row]:
+        """All trials, by number. ``distributions`` are those of the search space, by decision.
+
+        Raises:
+            LacerError: trials are missing, or have decisions or options that the space does not have.
+        """
+        with self._errors("read"), self.storage.engine.connect() as c:
+            t, p, a = (self._table[n] for n in ("trials", "trial_params", "trial_user_attributes"))
+            rows = {r.trial_id: Row(r.number, r.trial_id, str(r.state), {}, {}) for r in c.execute(
+                sa.select(t.c.trial_id, t.c.number, t.c.state).where(t.c.study_id == self._id).order_by(t.c.number))}
+            params = sa.select(p.c.trial_id, p.c.param_name, p.c.param_value, p.c.distribution_json).join(
+                t, t.c.trial_id == p.c.trial_id).where(t.c.study_id == self._id).order_by(p.c.param_id)
+            for trial_id, name, value, kind in c.execute(params):
+                if name not in distributions or kind != _json_of(distributions[name]):
+                    raise LacerError(f"trial {rows[trial_id].number} is not of this search space: it has another "
+                                     f"decision {name!r}")
+                rows[trial_id].params[name] = distributions[name].to_external_repr(value)
+            attrs = sa.select(a.c.trial_id, a.c.key, a.c.value_json).join(
+                t, t.c.trial_id == a.c.trial_id).where(t.c.study_id == self._id)
+            for trial_id, key, text in c.execute(attrs):
+                rows[trial_id].attrs[key] = json.loads(text)
+        if [r.number for r in rows.values()] != list(range(len(rows))):
+            raise LacerError("trials are missing: the study is damaged")
+        return list(rows.values())
 
     def add(self, number: int, state: State, params: Mapping[str, Any],
             distributions: Mapping[str, CategoricalDistribution], attrs: Mapping[str, Any]) -> int:

@@ -10,14 +10,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from optuna.distributions import CategoricalDistribution
-from optuna.trial import FrozenTrial
 from pydantic import ValidationError
 
 from lacer.agents import Evaluation
 from lacer.encoders import EncoderSpec
 from lacer.envs import LacerError, Objective, TaskCard
 from lacer.search.space import EncoderSpace, Point, SearchSpace
-from lacer.search.storage import State, Store
+from lacer.search.storage import Row, State, Store
 
 
 @dataclass(frozen=True)
@@ -262,8 +261,8 @@ class StoredStudy(Study):
         self.store = Store(url, name, self.objective, create)
         self._ids: list[int] = []
         try:
-            for t in self.store.trials():
-                self._ids.append(t._trial_id)
+            for t in self.store.trials(self._distributions):
+                self._ids.append(t.id)
                 self._append(self._read(t))
         except LacerError as e:
             raise LacerError(f"{e} (study {name!r} in {self.store.shown})") from None
@@ -294,8 +293,8 @@ class StoredStudy(Study):
         self.store.finish(self._ids[trial.number], _STATES[status], evaluation.objective if status == "ok" else None,
                           evaluation.curve, {"evaluation": evaluation.model_dump(mode="json")})
 
-    def _read(self, t: FrozenTrial) -> Trial:
-        a = t.user_attrs
+    def _read(self, t: Row) -> Trial:
+        a = t.attrs
         proposal = Proposal(dict(t.params) or None, a.get("designer", "?"), a.get("rationale", ""),
                             tuple(a.get("parents", ())), a.get("rejected", ""), a.get("meta", {}))
         evaluation: Evaluation | None = None
@@ -306,7 +305,7 @@ class StoredStudy(Study):
             except ValidationError as e:
                 raise LacerError(f"trial {t.number} holds no evaluation of this version: {str(e)[:200]}") from None
             status = "ok" if evaluation.ok else "pruned" if evaluation.status == "pruned" else "failed"
-        elif t.state.is_finished():
+        elif t.state != "RUNNING":
             status = "rejected"
         spec, ncode = None, ""
         if proposal.point is not None:
