@@ -4,7 +4,8 @@ The worker imports everything once and forks for each run, so a run starts at on
 process) and can be killed without harm. It speaks JSON lines: requests on standard input,
 ``{"key", "request" or "call", "timeout", "memory"}``; on standard output ``{"ready"}``, ``{"key", "progress"}`` and
 ``{"key", "evaluation"}``. Nothing but such lines goes out; stray prints go to standard error. At the end of its input
-(the driver is gone) it kills what is running and ends.
+(the driver is gone) it kills what is running and ends. With the argument ``calls`` it evaluates plain functions only,
+and starts without torch.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import importlib
 import json
 import os
 import select
@@ -23,12 +25,8 @@ from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork
 
-import torch
-
 from lacer.agents.calls import perform
 from lacer.agents.evaluation import Call, Evaluation, RunRequest
-from lacer.agents.ppo import run
-from lacer.encoders import list_blocks, text_model
 from lacer.envs import LacerError, task_card
 
 MEMORY_INTERVAL = 0.5
@@ -70,6 +68,8 @@ def _child(channel: Channel, key: str, request: RunRequest | Call) -> None:
         if isinstance(request, Call):
             evaluation = perform(request)
         else:
+            from lacer.agents.ppo import run
+
             evaluation = run(request, lambda p: channel.send({"key": key, "progress": p}), start_method="fork")
     except LacerError as e:
         evaluation = Evaluation.failure(str(e), request.seed)
@@ -86,6 +86,8 @@ def _prepare(request: RunRequest | Call) -> None:
     if isinstance(request, Call):
         return
     with contextlib.suppress(Exception):  # a wrong request is reported by the run itself
+        from lacer.encoders import text_model
+
         card = task_card(request.env, **request.env_kwargs)
         if request.encoder is not None and any(
                 card.sources[s].modality == "text" for s in request.encoder.get("sources", {}) if s in card.sources):
@@ -97,6 +99,14 @@ def kill_group(pid: int) -> None:
     for kill in (os.killpg, os.kill):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             kill(pid, signal.SIGKILL)
+
+
+def _exit_of(pid: int) -> list[int]:
+    """A descriptor that becomes readable when the process ends, so that this is seen at once; none on old systems."""
+    try:
+        return [os.pidfd_open(pid)]
+    except (AttributeError, OSError):
+        return []
 
 
 def memory_of(pid: int) -> float:
@@ -111,13 +121,24 @@ def memory_of(pid: int) -> float:
     return total
 
 
-def main() -> None:
+def _import_everything() -> None:
+    """What a PPO run needs, so that it starts at once after the fork."""
+    import torch
+
+    from lacer.encoders import list_blocks
+
+    importlib.import_module("lacer.agents.ppo")
     torch.set_num_threads(int(os.environ.get("LACER_THREADS", "1")))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides
-    channel = Channel()
     # The first optimiser of a process makes torch import its compiler: 2 s that every run would pay anew.
     torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))])
     list_blocks()
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides
+    channel = Channel()
+    if sys.argv[1:] != ["calls"]:
+        _import_everything()
     channel.send({"ready": os.getpid()})
     buffer = b""
     child, key, deadline, seed, memory, look = 0, "", 0.0, 0, None, 0.0
@@ -158,8 +179,11 @@ def main() -> None:
             if not child:
                 _child(channel, key, request)
             continue
-        ready, _, _ = select.select([0], [], [], 0.05 if child else None)
-        if not ready:
+        watched = [0, *_exit_of(child)] if child else [0]
+        ready, _, _ = select.select(watched, [], [], 0.05 if child else None)
+        for fd in watched[1:]:
+            os.close(fd)
+        if 0 not in ready:
             continue
         data = os.read(0, 1 << 16)
         if not data:

@@ -130,7 +130,8 @@ class Engine:
                 for proposal in asker.answers():
                     self._admit(proposal)
                 self._submit(late=stop == "seconds")
-                if not self._running and not asker.busy and not wanted and (not self._pending or stop == "seconds"):
+                if stop is not None and not self._running and not asker.busy and (
+                        not self._pending or stop == "seconds"):
                     return self._why_ended(stop)
                 for event in self.executor.poll(0.25 if self._running or asker.busy else 0.0):
                     self._handle(event)
@@ -268,11 +269,11 @@ class Engine:
             return "env_steps"
         return "rejections" if self._rejections >= self._patience else None
 
-    def _why_ended(self, stop: str | None) -> str:
+    def _why_ended(self, stop: str) -> str:
         b = self.budget
         if stop == "seconds":
             left = f"; {len(self._pending)} proposed candidates wait for a resumed search" if self._pending else ""
-            return f"the budget of {b.seconds:,.0f} s is spent{left}"
+            return f"the budget of {b.seconds:,g} s is spent{left}"
         if stop == "tokens":
             return f"the budget of {b.tokens:,} LLM tokens is spent"
         if stop == "env_steps":

@@ -120,14 +120,15 @@ def clean_environment() -> dict[str, str]:
 
 
 class _Slot:
-    def __init__(self, log: Path, events: queue.Queue[tuple[_Slot | None, dict[str, Any] | None]]) -> None:
+    def __init__(self, log: Path, events: queue.Queue[tuple[_Slot | None, dict[str, Any] | None]],
+                 calls: bool) -> None:
         self.key: str | None = None
         self.seed = 0
         with log.open("ab") as stderr:
             self.process = subprocess.Popen(
                 # -P: a file called random.py in the working folder must not shadow the standard library
-                [sys.executable, "-P", "-m", "lacer.agents.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=stderr, env=clean_environment(), start_new_session=True)
+                [sys.executable, "-P", "-m", "lacer.agents.worker", *["calls"] * calls], stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=stderr, env=clean_environment(), start_new_session=True)
         assert self.process.stdout is not None
         threading.Thread(target=self._read, args=(self.process.stdout, events), daemon=True).start()
 
@@ -164,12 +165,14 @@ class ProcessPool(Executor):
         log: file for what workers print.
         timeout: seconds that a run may take.
         memory: GB that a run and its environment processes may use; None: no limit.
+        calls: only plain functions are evaluated; the workers start without torch.
     """
 
-    def __init__(self, workers: int, log: Path, timeout: float, memory: float | None = None) -> None:
-        self._log, self._timeout, self._memory = log, timeout, memory
+    def __init__(self, workers: int, log: Path, timeout: float, memory: float | None = None, *,
+                 calls: bool = False) -> None:
+        self._log, self._timeout, self._memory, self._calls = log, timeout, memory, calls
         self._events: queue.Queue[tuple[_Slot | None, dict[str, Any] | None]] = queue.Queue()
-        self._slots = [_Slot(log, self._events) for _ in range(workers)]
+        self._slots = [_Slot(log, self._events, calls) for _ in range(workers)]
 
     @property
     def free(self) -> int:
@@ -211,7 +214,7 @@ class ProcessPool(Executor):
 
     def _replace(self, slot: _Slot) -> _Slot:
         slot.process.wait()
-        new = _Slot(self._log, self._events)
+        new = _Slot(self._log, self._events, self._calls)
         self._slots[self._slots.index(slot)] = new
         return new
 

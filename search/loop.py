@@ -315,7 +315,8 @@ def make_executor(config: SearchConfig, log: Path, function: Callable[[Point], A
 
         return RayExecutor(config.workers or None, config.timeout, config.memory, address=config.ray_address,
                            cpus=config.cpus_per_candidate, gpus=config.gpus_per_candidate)
-    return ProcessPool(workers, log, config.timeout, config.memory or memory_share(workers))
+    return ProcessPool(workers, log, config.timeout, config.memory or memory_share(workers),
+                       calls=function is not None)
 
 
 class _Driver(Listener):

@@ -172,7 +172,8 @@ def _evaluate(key: str, kind: str, job: dict[str, Any], timeout: float, memory: 
     global _pool
     with tempfile.TemporaryDirectory(prefix="lacer-") as folder:
         if _pool is None:
-            _pool = ProcessPool(1, Path(tempfile.gettempdir()) / f"lacer-worker-{os.getpid()}.log", timeout, memory)
+            _pool = ProcessPool(1, Path(tempfile.gettempdir()) / f"lacer-worker-{os.getpid()}.log", timeout, memory,
+                                calls=kind == "call")
         out = Path(folder) / "agent"
         _pool.submit(key, Call.model_validate(job) if kind == "call" else RunRequest.model_validate(
             {**job, "save_to": str(out) if save else None}))

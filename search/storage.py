@@ -293,7 +293,7 @@ def has_password(url: str) -> bool:
 
 def without_password(url: str) -> str:
     """A storage URL that can be written down."""
-    return _parsed(url).set(password=None).render_as_string()
+    return _parsed(url)._replace(password=None).render_as_string(hide_password=False)
 
 
 def _parsed(url: str) -> sa.URL:
