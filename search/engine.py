@@ -127,13 +127,15 @@ class Engine:
                 wanted = 0 if stop is not None or asker.busy else self._wanted()
                 if wanted:
                     asker.ask(self._view(), wanted, self._news())
-                for proposal in asker.answers():
+                proposals = asker.answers()
+                for proposal in proposals:
                     self._admit(proposal)
                 self._submit(late=stop == "seconds")
                 if stop is not None and not self._running and not asker.busy and (
                         not self._pending or stop == "seconds"):
                     return self._why_ended(stop)
-                for event in self.executor.poll(0.25 if self._running or asker.busy else 0.0):
+                # After new proposals there may be more to ask for: that does not wait.
+                for event in self.executor.poll(0.0 if proposals else 0.25):
                     self._handle(event)
         finally:
             asker.close()
