@@ -391,7 +391,7 @@ class _Driver(Listener):
             self.study, self.designer, executor, self._job,
             budget=Budget(c.candidates, c.max_env_steps, c.max_seconds, c.max_tokens),
             first=Proposal(self.plan.expert, "expert", "a sensible encoder made by hand"), why_not=self._why_not,
-            repeats=c.repeats, lag=worker_count(c) if c.deterministic else None, ahead=ahead,
+            repeats=c.repeats, lag=c.workers if c.deterministic else None, ahead=ahead,
             expected_steps=c.protocol.steps, elapsed=self.seconds, patience=patience, listener=self)
 
     def _job(self, trial: Trial, repeat: int) -> RunRequest:

@@ -106,7 +106,7 @@ def _run(study: Study, designer: Any, function: Function, config: SearchConfig, 
         study, designer, executor,
         lambda trial, repeat: Call(function=name, point=trial.proposal.point or {}, seed=config.seed + repeat),
         budget=Budget(config.candidates, config.max_env_steps, config.max_seconds, config.max_tokens),
-        repeats=config.repeats, lag=worker_count(config) if config.deterministic else None,
+        repeats=config.repeats, lag=config.workers if config.deterministic else None,
         ahead=config.ahead if config.ahead is not None else int(designer.needs_llm), elapsed=before,
         patience=MAX_REJECTIONS, listener=_Shown(display))
     try:

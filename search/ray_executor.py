@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import queue
+import signal
+import socket
+import sys
 import tempfile
 import threading
 import time
@@ -49,12 +52,18 @@ class RayExecutor(Executor):
         self._seeds: dict[str, int] = {}
         self._saving: dict[str, Path] = {}
         self._looked, self._room = 0.0, 0
+        if address is not None:
+            _check_address(address)
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             with _without_secrets() if address is None else nullcontext():
                 ray.init(address=address or "local", include_dashboard=False, log_to_driver=False,
                          configure_logging=False)
         except Exception as e:  # Ray's own and gRPC's
             raise LacerError(f"the Ray cluster {address or 'here'} does not answer: {str(e)[:300]}") from None
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_sigterm)  # Ray sets one of its own, which ends the process
         need = {"CPU": cpus, "GPU": gpus}
         nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
         if not any(all(node.get(k, 0) >= v for k, v in need.items()) for node in nodes):
@@ -86,7 +95,7 @@ class RayExecutor(Executor):
         kind = "call" if isinstance(job, Call) else "request"
         self._seeds[key] = job.seed
         self._running[key] = self._task.remote(key, kind, job.model_dump(mode="json"), *self._limits, self._mail,
-                                               key in self._saving)
+                                               key in self._saving, sys.path)
 
     def wake(self) -> None:
         self._events.put(None)
@@ -167,9 +176,11 @@ _pool: ProcessPool | None = None
 
 
 def _evaluate(key: str, kind: str, job: dict[str, Any], timeout: float, memory: float | None, mail: Any,
-              save: bool) -> dict[str, Any]:
-    """A Ray task: the evaluation of a job as JSON, and the files of the agent if it is to be saved."""
+              save: bool, paths: list[str]) -> dict[str, Any]:
+    """A Ray task: the evaluation of a job as JSON, and the files of the agent if it is to be saved. Modules are also
+    looked for where the driver does, for nodes that share its file system."""
     global _pool
+    sys.path += [p for p in paths if p not in sys.path]
     with tempfile.TemporaryDirectory(prefix="lacer-") as folder:
         if _pool is None:
             _pool = ProcessPool(1, Path(tempfile.gettempdir()) / f"lacer-worker-{os.getpid()}.log", timeout, memory,
@@ -186,6 +197,17 @@ def _evaluate(key: str, kind: str, job: dict[str, Any], timeout: float, memory: 
                 if event.progress is not None and time.monotonic() - last > PROGRESS_INTERVAL:
                     last = time.monotonic()
                     mail.put.remote(key, event.progress)
+
+
+def _check_address(address: str) -> None:
+    """Ray itself waits for minutes where nobody listens. Raises LacerError."""
+    host, _, port = address.split("://")[-1].rpartition(":")
+    if not host or not port.isdecimal():
+        return  # "auto", or a name that Ray knows
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as e:
+        raise LacerError(f"the Ray cluster {address} does not answer: {e.strerror or e}") from None
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import optuna
 
+from lacer.agents import Evaluation
+
 
 def smooth(point: dict[str, Any]) -> float:
     """Larger for larger options; the same everywhere."""
@@ -45,3 +47,11 @@ def moody(point: dict[str, Any]) -> float:
     if mood == "die":
         os._exit(3)
     return 1.0
+
+
+def where(point: dict[str, Any]) -> Evaluation:
+    """Takes a second and says in which Ray node it ran, and what of the environment looks like a secret."""
+    time.sleep(1.0)
+    node = os.environ.get("LACER_NODE", "?")
+    leaked = [k for k, v in os.environ.items() if "planted" in v]
+    return Evaluation(objective=smooth(point), reason=f"{node} {leaked}")

@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
+import numpy as np
 import optuna
 import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lacer.agents import load
-from lacer.envs import make
+from lacer.envs import LacerError, make
 from lacer.search import search
 from tests.search.conftest import TINY, Lacer, Start
 from tests.search.offline_wandb import read
@@ -117,6 +120,39 @@ def test_no_key_anywhere(finished: tuple[Path, str, str]) -> None:
         if path.is_file():
             assert KEY.encode() not in path.read_bytes(), path
     assert KEY not in finished[1] + finished[2]
+
+
+def test_files_cut_at_any_byte(finished: tuple[Path, str, str], tmp_path: Path) -> None:
+    """Each file of ours, cut anywhere, is an error that names it; nothing is written over it."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder, ignore=shutil.ignore_patterns("wandb", "events"))
+    (folder / "events").mkdir()
+    files = ["config.yaml", "versions.json", "best/agent.json", "best/encoder.json", "best/policy.safetensors"]
+    rng = np.random.default_rng(0)
+    for name in files:
+        path = folder / name
+        data = path.read_bytes()
+        for cut in [0, 1, len(data) - 2, *rng.integers(0, len(data) - 1, 12).tolist()]:
+            path.write_bytes(data[:cut])
+            with pytest.raises(LacerError, match=re.escape(str(path))):
+                load(folder / "best") if name.startswith("best") else search(resume=folder, quiet=True)
+            assert path.read_bytes() == data[:cut]
+        path.write_bytes(data)
+    assert load(folder / "best").evaluation.ok
+    (folder / "study.db").unlink()
+    with pytest.raises(LacerError, match=r"study\.db is missing"):
+        search(resume=folder, quiet=True)
+
+
+def test_optuna_plots_it(finished: tuple[Path, str, str]) -> None:
+    study = optuna.load_study(storage=f"sqlite:///{finished[0]}/study.db", study_name=None)
+    assert study.study_name == "a run"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        history = optuna.visualization.matplotlib.plot_optimization_history(study)
+        assert len(history.collections[0].get_offsets()) == 5
+        assert len(optuna.visualization.matplotlib.plot_intermediate_values(study).lines) == 5
+        assert optuna.visualization.matplotlib.plot_slice(study, params=["fusion.block"]).get_xlabel() == "fusion.block"
 
 
 def test_the_winner_plays(finished: tuple[Path, str, str]) -> None:
