@@ -93,6 +93,9 @@ def plan(config: SearchConfig) -> Plan:
     """
     card = task_card(config.env, **config.env_kwargs)
     task_card(config.env, **{**config.env_kwargs, **config.eval_env_kwargs})
+    if config.max_env_steps is not None and config.max_env_steps < config.protocol.steps:
+        raise LacerError(f"max_env_steps is {config.max_env_steps:,}, less than one candidate takes "
+                         f"({config.protocol.steps:,}): raise it, or lower protocol.steps")
     name = config.designer
     if name == "auto":
         name = "lacer" if config.llm else WITHOUT_LLM

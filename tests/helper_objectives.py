@@ -50,8 +50,10 @@ def moody(point: dict[str, Any]) -> float:
 
 
 def where(point: dict[str, Any]) -> Evaluation:
-    """Takes a second and says in which Ray node it ran, and what of the environment looks like a secret."""
+    """Takes a second; says, also in a file, on which Ray node it ran, and which secrets it sees."""
+    node = os.environ["LACER_NODE"]
+    with open(os.environ["LACER_TRACE"], "a") as f:
+        f.write(f"{node}\n")
     time.sleep(1.0)
-    node = os.environ.get("LACER_NODE", "?")
     leaked = [k for k, v in os.environ.items() if "planted" in v]
     return Evaluation(objective=smooth(point), reason=f"{node} {leaked}")

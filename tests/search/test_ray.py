@@ -23,11 +23,15 @@ SPACE = SearchSpace([Decision(f"d{i}", (0, 1, 2, 3)) for i in range(6)])
 SECRET = "planted-ray-secret-31"
 
 
+def node(name: str, tmp_path: Path) -> dict[str, Any]:
+    return {"num_cpus": 1, "env_vars": {"LACER_NODE": name, "LACER_TRACE": str(tmp_path / "trace")}}
+
+
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "env_vars": {"LACER_NODE": "first"}})
+    cluster = Cluster(initialize_head=True, head_node_args=node("first", tmp_path))
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)  # after the cluster has started: that of the driver only
     yield cluster
     cluster.shutdown()
@@ -47,20 +51,30 @@ def kill(node: Any) -> None:
 
 
 def test_a_node_is_lost(cluster: Any, tmp_path: Path) -> None:
-    other = cluster.add_node(num_cpus=1, env_vars={"LACER_NODE": "second"})
+    other = cluster.add_node(**node("second", tmp_path))
     cluster.wait_for_nodes()
-    timer = threading.Timer(4.0, kill, [other])
-    timer.start()
+    trace = tmp_path / "trace"
+    trace.touch()
+
+    def kill_in_its_third_candidate() -> None:
+        while trace.read_text().count("second") < 3:
+            time.sleep(0.05)
+        kill(other)
+
+    killer = threading.Thread(target=kill_in_its_third_candidate, daemon=True)
+    killer.start()
     result = search(space=SPACE, objective=helper_objectives.where, designer="random", candidates=12, quiet=True,
                     executor="ray", ray_address=cluster.address, out=tmp_path / "run")
-    timer.join()
+    killer.join(timeout=1)
+    assert not killer.is_alive()
     trials = result.study.trials
     assert [t.status for t in trials] == ["ok"] * 12, [t.reason for t in trials]
     assert len({t.ncode for t in trials}) == 12
     assert all(t.objective == helper_objectives.smooth(t.proposal.point or {}) for t in trials)
     nodes = [t.evaluation.reason.split()[0] for t in trials if t.evaluation]
-    assert set(nodes) == {"first", "second"}, "both took part"
-    assert nodes[-4:] == ["first"] * 4, "in the end only one was left"
+    assert nodes.count("second") == 2, "what the lost node had finished counts"
+    assert trace.read_text().split().count("second") == 3
+    assert len(trace.read_text().split()) == 13, "only what it had not finished was evaluated again"
     assert all(t.evaluation is not None and t.evaluation.reason.endswith("[]") for t in trials), "no secret travelled"
 
 
