@@ -13,7 +13,7 @@ from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter, Namespace
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 from rich.console import Console
@@ -81,7 +81,7 @@ def _add_fields(parser: ArgumentParser, model: type[BaseModel], prefix: str = ""
             continue
         if kind is bool:
             parser.add_argument("--" + f"{prefix}{name}".replace("_", "-"), dest=f"{prefix}{name}", default=None,
-                                action="store_true", help=f.description or "")
+                                action=ActionYesNo(no_prefix="no-"), help=f.description or "")
             continue
         default = f.get_default()
         shown = "" if default is PydanticUndefined or default in (None, {}) else f" (default: {default})"

@@ -32,7 +32,7 @@ from lacer.search.files import read_config, read_json, write_config, write_whole
 from lacer.search.outcome import EXPERT, NOOP, WINNER, Outcome
 from lacer.search.progress import Display, clock, result_line
 from lacer.search.space import EncoderSpace, Point, SearchSpace, load_space, read_space
-from lacer.search.storage import has_password, sqlite_url, study_names, without_password
+from lacer.search.storage import check_server, has_password, sqlite_url, study_names, without_password
 from lacer.search.study import Proposal, StoredStudy, Trial
 from lacer.search.tracking import TensorBoard, WandB, wandb_mode
 
@@ -230,6 +230,8 @@ def _search(config: SearchConfig, folder: Path | None, quiet: bool, fresh: bool)
         except LacerError as e:
             raise LacerError(f"the expert's encoder, the first candidate, breaks the limits: {e}. Raise the limits, or "
                              "give a smaller one with --expert encoder.json") from None
+    if config.storage is not None:
+        check_server(config.storage, (config.study_name or folder.name) if fresh else None)
     designer = make_designer(checked.designer, config, folder)
     try:
         folder.mkdir(parents=True, exist_ok=not fresh)

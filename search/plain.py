@@ -17,7 +17,7 @@ from lacer.search.files import write_config
 from lacer.search.loop import make_designer, make_executor, only_driver, sigterm_as_interrupt
 from lacer.search.progress import PointDisplay
 from lacer.search.space import Point, SearchSpace
-from lacer.search.storage import sqlite_url, study_names, without_password
+from lacer.search.storage import check_server, sqlite_url, study_names, without_password
 from lacer.search.study import StoredStudy, Study, Trial
 
 Function = Callable[[Point], Any]
@@ -77,6 +77,8 @@ def search_points(space: SearchSpace, function: Function, config: SearchConfig, 
         return _run(Study(space, objective), designer, function, config, None, quiet)
     if folder is None:
         raise LacerError("storage needs a run folder: give out=")
+    if config.storage is not None:
+        check_server(config.storage, None if resume else config.study_name or folder.name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with only_driver(folder), sigterm_as_interrupt():

@@ -110,8 +110,7 @@ class Store:
         except LacerError:
             raise
         except ImportError as e:
-            raise LacerError(f"the driver of {self.shown} is missing ({e}); for PostgreSQL: "
-                             "pip install 'lacer[postgres]'") from None
+            raise LacerError(_no_driver(self.url, e)) from None
         except (sa.exc.SQLAlchemyError, sqlite3.Error, optuna.exceptions.StorageInternalError, OSError) as e:
             raise LacerError(f"cannot {doing} the study in {self._file or self.shown}: {_why(e)}") from e
 
@@ -266,8 +265,28 @@ def study_names(url: str) -> list[str]:
         check_sqlite(path)
     try:
         return optuna.get_all_study_names(url)
+    except ImportError as e:
+        raise LacerError(_no_driver(url, e)) from None
     except Exception as e:  # the many errors of as many database drivers
         raise LacerError(f"cannot open the study in {hidden_password(url)}: {_why(e)}") from e
+
+
+def check_server(url: str, name: str | None = None) -> None:
+    """Looks whether a database can be reached before anything else is done.
+
+    Args:
+        url: a storage URL.
+        name: of a study that is to be made.
+
+    Raises:
+        LacerError: no such driver or server, or the server has a study of that name.
+    """
+    path = sqlite_file(url)
+    if path is not None and not path.exists():
+        if not path.parent.is_dir():
+            raise LacerError(f"there is no folder {path.parent} for the study")
+    elif name in study_names(url):
+        raise LacerError(f"{hidden_password(url)} holds a study {name!r} already; give another --study-name")
 
 
 def sqlite_url(path: Path) -> str:
@@ -302,6 +321,10 @@ def _parsed(url: str) -> sa.URL:
     except sa.exc.ArgumentError:
         raise LacerError("storage must be a database URL such as sqlite:////folder/study.db or "
                          "postgresql+psycopg://user@host/database") from None
+
+
+def _no_driver(url: str, error: ImportError) -> str:
+    return f"the driver of {hidden_password(url)} is missing ({error}); for PostgreSQL: pip install 'lacer[postgres]'"
 
 
 def _why(error: BaseException) -> str:

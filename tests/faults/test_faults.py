@@ -81,7 +81,7 @@ def test_kill_9_at_random_moments(fast: Path, start: Start, lacer: Lacer, tmp_pa
                 family = children(process.pid)
                 process.kill()
                 process.communicate()
-                assert gone(family), "nothing is left of it"
+                assert gone(family, 30), "nothing is left of it"
                 kills += 1
                 now = finished(folder)
                 assert {n: now.get(n) for n in kept} == kept, "what was finished is still there, and the same"
