@@ -121,8 +121,8 @@ class TrafficSignalEnv(gym.Env):
                 "and south straight on, north and south left, east and west straight on, east and west left. Minimise "
                 "the mean waiting time, where vehicles that the instruction favours count more: buses of an approach "
                 "(only the camera shows where buses are), or all vehicles of an approach."),
-            state_names=tuple(f"{what}_{a}" for what in ("demand", "halting", "buses", "favoured") for a in APPROACHES)
-            + ("bus_order",),
+            state_names=(*(f"{what}_{a}" for what in ("demand", "halting", "buses", "favoured") for a in APPROACHES),
+                         "bus_order"),
         )
         self.observation_space = self.task_card.observation_space
 
@@ -291,7 +291,8 @@ def _world(env: TrafficSignalEnv, routes: Path) -> Any:
         net_file=str(env._net), route_file=str(routes), single_agent=True, num_seconds=env.horizon,
         delta_time=env.control_interval, yellow_time=2, min_green=5, max_green=env.horizon, time_to_teleport=-1,
         reward_fn=lambda signal: 0.0, add_system_info=False, add_per_agent_info=False, sumo_seed=0,
-        sumo_warnings=False, additional_sumo_cmd="--no-step-log true --duration-log.disable true --xml-validation never")
+        sumo_warnings=False,
+        additional_sumo_cmd="--no-step-log true --duration-log.disable true --xml-validation never")
 
 
 @lru_cache(maxsize=1)
