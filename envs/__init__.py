@@ -1,6 +1,6 @@
 """Multi-source environments: sources and modalities, registration, SUMO traffic, a synthetic task with known truth."""
 
-from lacer.envs.describe import describe
+from lacer.envs.described import describe
 from lacer.envs.errors import LacerError, UnknownNameError, did_you_mean
 from lacer.envs.registration import list_envs, make, register_env, task_card
 from lacer.envs.sources import MODALITIES, Modality, Objective, SourceSpec, TaskCard

@@ -204,11 +204,11 @@ def _reader(name: str, space: gym.Space, modality: Modality,
         low, high = (np.pad(_float(b), ((0, 0), (1, 0)), constant_values=v)
                      for b, v in ((space.low, 0), (space.high, 1)))
         return (lambda x: np.pad(_float(x), ((0, 0), (1, 0)), constant_values=1), spaces.Box(low, high),
-                f"{space.shape[0]} elements of {space.shape[1]} numbers, all present")
+                f"{space.shape[0]} x {space.shape[1] + 1} elements x numbers, all present")
     shape: tuple[int, ...] = (int(np.prod(space.shape)),) if modality == "vector" else space.shape
     out = spaces.Box(_float(space.low).reshape(shape), _float(space.high).reshape(shape), dtype=np.float32)
-    words = {"vector": f"{shape[0]} numbers", "series": "{} steps of {} numbers", "set": "{} elements of {} numbers"}
-    return (lambda x: _float(x).reshape(shape)), out, words[modality].format(*shape)
+    words = {"vector": "numbers", "series": "steps x numbers", "set": "elements x numbers"}[modality]
+    return (lambda x: _float(x).reshape(shape)), out, f"{' x '.join(map(str, shape))} {words}"
 
 
 def _float(x: Any) -> np.ndarray:

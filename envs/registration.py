@@ -12,7 +12,7 @@ import gymnasium as gym
 from gymnasium.envs.registration import WrapperSpec, load_env_creator
 
 from lacer.envs.adapters import adapter_of_id, import_for, missing, mujoco
-from lacer.envs.describe import OPTIONS, Described, tell
+from lacer.envs.described import OPTIONS, Described, tell
 from lacer.envs.errors import LacerError, UnknownNameError, did_you_mean
 from lacer.envs.inference import declared
 from lacer.envs.sources import Objective, TaskCard
@@ -63,7 +63,7 @@ def register_env(
     declared(sources)
     if camera is not None:
         kwargs.setdefault("render_mode", "rgb_array")
-    wrappers = (WrapperSpec("Described", "lacer.envs.describe:Described", given),) if given else ()
+    wrappers = (WrapperSpec("Described", "lacer.envs.described:Described", given),) if given else ()
     gym.register(id=env_id, entry_point=entry_point, kwargs=kwargs, disable_env_checker=True,
                  max_episode_steps=max_episode_steps, additional_wrappers=wrappers)
     _SUMMARIES[env_id] = summary or description

@@ -26,7 +26,7 @@ from gymnasium.utils.env_checker import check_env, data_equivalence
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 from stable_baselines3.common.vec_env import SubprocVecEnv
 
-from lacer.envs.describe import Described
+from lacer.envs.described import Described
 from lacer.envs.errors import LacerError
 from lacer.envs.registration import make
 from lacer.envs.sources import MODALITIES, TaskCard

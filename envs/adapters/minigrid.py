@@ -42,7 +42,7 @@ def describe(env: gym.Env, said: Mapping[str, Declared | None]) -> Description:
         word = said.get(name, {})
         if name not in space.spaces or word is None:
             continue
-        word = {"description": _TEXTS.get(name, ""), **word}
+        word = {"description": _TEXTS.get(name, ""), **({"modality": "text"} if name == "mission" else {}), **word}
         part = leaf(name, space[name], word, (name,))
         # A wrapper may have put a picture of pixels in its place.
         if name == "image" and space[name].shape in ((world.agent_view_size,) * 2 + (3,),

@@ -45,7 +45,7 @@ def describe(env: gym.Env, said: Mapping[str, Declared | None]) -> Description:
     sizes = {k: int(n) for k, n in structure.items() if n and not k.startswith("skipped")}
     text = (f"Gymnasium's MuJoCo task {env.spec.id if env.spec else type(world).__name__}: move a body by the torques "
             "of its joints; see its documentation for the reward.")
-    noop = np.zeros(env.action_space.shape, np.float32)  # no torque
+    noop = np.zeros(env.action_space.shape or (), np.float32)  # no torque
     if not isinstance(space, spaces.Box) or space.shape != (sum(sizes.values()),) or not set(sizes) <= set(_NAMES):
         return Description(infer(space, said), text, noop=noop)
     names = [_NAMES[k][0] for k in sizes]

@@ -272,7 +272,7 @@ class TrafficSignalEnv(gym.Env):
                 raise LacerError("another program part runs a libsumo simulation in this process; close it first, or "
                                  "run this environment in a process of its own (SubprocVecEnv)")
             libsumo.close()  # left over from a collected environment, or inherited by a forked process
-        simulation._holder = (os.getpid(), weakref.ref(self))  # type: ignore[assignment,arg-type]
+        simulation._holder = (os.getpid(), weakref.ref(self))  # type: ignore[arg-type]
 
 
 def _world(env: TrafficSignalEnv, routes: Path) -> Any:
@@ -280,7 +280,7 @@ def _world(env: TrafficSignalEnv, routes: Path) -> Any:
     module = _sumo_rl()
     told = weakref.ref(env)
 
-    class World(module.SumoEnvironment):  # type: ignore[name-defined, misc]
+    class World(module.SumoEnvironment):  # type: ignore[name-defined]
         def _sumo_step(self) -> None:
             super()._sumo_step()
             owner = told()
