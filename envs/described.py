@@ -62,6 +62,7 @@ class Described(gym.Wrapper, RecordConstructorArgs):
                 raise
             raise LacerError(f"{name}{e}") from e
         self.observation_space = self.task_card.observation_space
+        self.action_space = self.task_card.action_space
         self.inferred = tuple(f"{p.spec.name}: {p.note}" for p in made if p.note)
         """What may be doubted, by source; to be declared if it is wrong."""
 

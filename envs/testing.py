@@ -13,6 +13,7 @@ too; ``kwargs`` holds constructor arguments that make it small.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import warnings
@@ -101,13 +102,14 @@ class EnvConformance:
         try:
             card = _card(env)
             for episode in range(self.episodes):
-                env.action_space.seed(episode)
+                actions = copy.deepcopy(env.action_space)
+                actions.seed(episode)
                 obs, info = env.reset(seed=episode)
                 total, done, steps = 0.0, False, 0
                 while not done:
                     self._look(card, obs, info)
                     assert "metrics" not in info, "metrics belong to the end of an episode"
-                    action = card.noop if card.noop is not None and episode == 0 else env.action_space.sample()
+                    action = card.noop if card.noop is not None and episode == 0 else actions.sample()
                     obs, reward, terminated, truncated, info = env.step(action)
                     assert math.isfinite(float(reward)), f"the reward is {reward}"
                     total, steps, done = total + float(reward), steps + 1, terminated or truncated
@@ -151,10 +153,11 @@ class EnvConformance:
         """The environment is made in other processes, however they are started, and a seed gives the same there."""
         env = TextAsBytes(self.make())
         try:
-            env.action_space.seed(5)
+            space = copy.deepcopy(env.action_space)
+            space.seed(5)
             actions, seen = [], [dict(env.reset(seed=5)[0])]
             while len(seen) < 20:
-                actions.append(env.action_space.sample())
+                actions.append(space.sample())
                 obs, _, terminated, truncated, _ = env.step(actions[-1])
                 if terminated or truncated:
                     break
@@ -233,14 +236,15 @@ def _described(env: gym.Env) -> bool:
 
 def _play(env: gym.Env, seed: int, steps: int = 60, beside: gym.Env | None = None) -> list[str]:
     """Digests of what an episode of random actions gives; another environment may be played in between."""
-    env.action_space.seed(seed)
+    actions = copy.deepcopy(env.action_space)  # some environments make themselves a new one, unseeded, in reset
+    actions.seed(seed)
     obs, _ = env.reset(seed=seed)
     out = [_digest(obs)]
     if beside is not None:
         beside.reset(seed=seed + 1)
     done = other_done = False
     while not done and len(out) < steps:
-        obs, reward, terminated, truncated, _ = env.step(env.action_space.sample())
+        obs, reward, terminated, truncated, _ = env.step(actions.sample())
         out.append(_digest(obs) + repr(float(reward)))
         done = terminated or truncated
         if beside is not None and not other_done:

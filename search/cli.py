@@ -286,7 +286,7 @@ def _list(rows: dict[str, str]) -> None:
 def _envs(a: Namespace) -> None:
     if a.env is None:
         _list(list_envs())
-        print("and any id of Gymnasium, MiniGrid-* and BabyAI-* of MiniGrid, those of highway-env, module:Id of your own")
+        print("and any id of Gymnasium, MiniGrid, BabyAI or highway-env; module:Id for your own")
         return
     from lacer.envs import task_card
 

@@ -26,8 +26,8 @@ from lacer.envs.traffic_signal.junction import SIZE, Junction, net_file
 
 WEIGHTS = {"nothing": 0.0, "buses": 40.0, "approach": 5.0}
 """What a favoured vehicle counts on top of 1: a bus about as much as its passengers."""
-SCALE = 100.0
-"""Weighted seconds of waiting that cost a reward of 1."""
+CALM = 25.0
+"""Weighted vehicle-seconds of waiting in a step from which on the reward grows slowly: five vehicles for 5 s."""
 _HALTING = 0.1  # m/s, as SUMO counts
 
 
@@ -48,10 +48,13 @@ class TrafficSignalEnv(gym.Env):
     Action, Discrete(4): the green phase of the next 5 s: north and south straight on and right, north and south left,
     east and west straight on and right, east and west left. There is no action that means "do nothing".
 
-    Reward of a step: minus the weighted waiting in it, in units of 100 vehicle-seconds. A vehicle waits while it stands
-    (< 0.1 m/s) before the junction or has no room to enter; one favoured by the instruction counts 41 (a bus) or 6.
-    ``info["reward_terms"]`` has both parts. ``info["metrics"]`` at the end: waiting (s; weighted, per vehicle),
-    mean_waiting (s, unweighted), favoured_waiting (s per favoured vehicle), queue (vehicles), throughput (veh/h).
+    Reward of a step, dimensionless: ``-log(1 + w / 25) / 3``, w the weighted waiting in it, in vehicle-seconds; the
+    logarithm keeps a jam, which costs a hundred times as much, from hiding everything else (with w itself PPO did
+    not learn in 10,000 steps). A vehicle waits while it stands (< 0.1 m/s) before the junction or has no room to enter;
+    one favoured by the instruction counts 41 (a bus) or 6.
+    ``info["reward_terms"]`` has the part without instruction and the rest. ``info["metrics"]`` at the end: waiting
+    (s; weighted, per vehicle), mean_waiting (s, unweighted), favoured_waiting (s per favoured vehicle), queue
+    (vehicles), throughput (veh/h).
     ``info["state"]``: privileged truth, see ``task_card.state_names``.
 
     Args:
@@ -171,11 +174,13 @@ class TrafficSignalEnv(gym.Env):
         except Exception as e:  # TraCIException, FatalTraCIError, RuntimeError
             self._stop()
             raise LacerError(f"the SUMO simulation failed: {e}; reset() starts a new one") from e
-        terms = {"waiting": -self._step_waited[0] / SCALE, "favoured": -self._step_waited[1] / SCALE}
+        everyone, favoured = self._step_waited
+        waiting, total = -np.log1p(everyone / CALM) / 3, -np.log1p((everyone + favoured) / CALM) / 3
+        terms = {"waiting": float(waiting), "favoured": float(total - waiting)}
         info: dict[str, Any] = {"state": state, "reward_terms": terms}
         if done:
             info["metrics"] = self._metrics()
-        return obs, float(sum(terms.values())), False, bool(done), info
+        return obs, float(total), False, bool(done), info
 
     def second(self) -> None:
         """Counts what waited in the last second of simulation; called by sumo-rl's environment."""

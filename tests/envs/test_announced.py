@@ -99,8 +99,8 @@ def test_an_environment_of_another_package_joins(installed: Path) -> None:
     done = python(installed, "-c", JOINS)
     assert done.returncode == 0, done.stderr
     assert "left out" not in done.stderr
-    for text in ("pond/Frogs-v0", "jump to the frog that quacks", "lacer/KnownSources-v0", "Present, x, y of up to five",
-                 "maximize hits", "series  (3, 3) float32"):
+    for text in ("pond/Frogs-v0", "jump to the frog that quacks", "lacer/KnownSources-v0",
+                 "Present, x, y of up to five", "maximize hits", "series  (3, 3) float32"):
         assert text in done.stdout
 
 
@@ -110,7 +110,8 @@ def test_an_environment_of_another_package_joins(installed: Path) -> None:
     "from lacer.envs import make; env = make('lacer_pond:pond/Frogs-v0', horizon=3)",
 ], ids=["module and id", "import, then make", "lacer's make"])
 def test_ways_to_make_it(installed: Path, code: str) -> None:
-    done = python(installed, "-c", code + "; print(sorted(env.reset(seed=0)[0]), env.get_wrapper_attr('task_card').env_id)")
+    code += "; print(sorted(env.reset(seed=0)[0]), env.get_wrapper_attr('task_card').env_id)"
+    done = python(installed, "-c", code)
     assert done.stdout == "['frogs', 'song', 'water', 'water_history'] pond/Frogs-v0\n", done.stderr
 
 
@@ -149,8 +150,8 @@ def test_a_search_on_it(installed: Path, tmp_path: Path) -> None:
     """The worker processes know it too."""
     settings = {**TINY, "env": "pond/Frogs-v0", "env_kwargs": {}, "candidates": 3}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
-    done = python(installed, "-m", "lacer.search.cli", "search", "--config", "tiny.yaml", "--wandb", "off", "--out", "run",
-                  cwd=tmp_path)
+    done = python(installed, "-m", "lacer.search.cli", "search", "--config", "tiny.yaml", "--wandb", "off",
+                  "--out", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "report.html").is_file()
     assert (tmp_path / "run" / "best" / "policy.safetensors").is_file()

@@ -22,7 +22,7 @@ class TestMixedTraffic(EnvConformance):
 class TestTrafficSignal(EnvConformance):
     env_id = "lacer/TrafficSignal-v0"
     kwargs: ClassVar[dict[str, Any]] = {"horizon": 100}
-    start_methods = ("fork", "spawn")  # the second has another hash seed
+    start_methods = ("fork",)
 
 
 class TestInferred(EnvConformance):

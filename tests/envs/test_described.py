@@ -147,8 +147,8 @@ def test_sources_can_be_left_out_and_described() -> None:
     space = spaces.Dict({"a": spaces.Box(-1, 1, (2,)), "b": spaces.Graph(spaces.Box(0, 1, (1,)), None)})
     with pytest.raises(LacerError, match=r"Plays: the entry 'b' of the observation space, Graph.*leave it out with"):
         describe(Plays(space))
-    env = describe(Plays(space), sources={"b": None, "a": {"description": "Two joints."}}, quiet=True,
-                   description="Stand up.", objective={"metric": "speed", "unit": "m/s", "direction": "minimize"}, noop=0)
+    env = describe(Plays(space), sources={"b": None, "a": {"description": "Two joints."}}, quiet=True, noop=0,
+                   description="Stand up.", objective={"metric": "speed", "unit": "m/s", "direction": "minimize"})
     card = env.get_wrapper_attr("task_card")
     assert list(card.sources) == ["a"]
     assert card.sources["a"].description == "Two joints."
@@ -177,7 +177,8 @@ def test_history_of_every_modality() -> None:
         "joints": spaces.Box(-1, 1, (2,)), "past": spaces.Box(-1, 1, (3, 2)), "words": spaces.Text(4),
         "eye": spaces.Box(shape=(8, 8, 3), **BYTES), "crowd": spaces.Box(0, 1, (4, 2))})
     names = list(space)
-    env = describe(Plays(space), sources={"crowd": "set", "past": "series"}, history=dict.fromkeys(names, 3), quiet=True)
+    env = describe(Plays(space), sources={"crowd": "set", "past": "series"}, history=dict.fromkeys(names, 3),
+                   quiet=True)
     want = {"joints": ("series", (3, 2)), "past": ("series", (9, 2)), "words": ("text", ()),
             "eye": ("image", (8, 8, 9)), "crowd": ("set", (12, 3))}
     got = {n: (s.modality, s.shape) for n, s in sources(env).items()}

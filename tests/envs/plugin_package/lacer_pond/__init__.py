@@ -39,5 +39,5 @@ class Frogs(gym.Env):
 
 
 register_env("pond/Frogs-v0", "lacer_pond:Frogs", "jump to the frog that quacks", objective="hits",
-             sources={"frogs": {"modality": "set", "description": "Present, x, y of up to five frogs, the nearest first."}},
+             sources={"frogs": {"modality": "set", "description": "Present, x, y of up to five frogs."}},
              history={"water": 3}, noop=[0, 0])
