@@ -257,7 +257,7 @@ class TrafficSignalEnv(gym.Env):
         world = getattr(self, "_world", None)
         self._world = None
         if world is not None and world.sumo is not None:
-            if world.sumo.isLoaded():
+            if world.sumo.isLoaded() and self._process == os.getpid():  # a forked process only inherits the object
                 world.close()
             world.sumo = None  # or sumo-rl's own __del__ would close whatever runs then
 
@@ -277,6 +277,7 @@ class TrafficSignalEnv(gym.Env):
                 raise LacerError("another program part runs a libsumo simulation in this process; close it first, or "
                                  "run this environment in a process of its own (SubprocVecEnv)")
             libsumo.close()  # left over from a collected environment, or inherited by a forked process
+        self._process = os.getpid()
         simulation._holder = (os.getpid(), weakref.ref(self))  # type: ignore[arg-type]
 
 

@@ -7,30 +7,28 @@ from typing import Any, ClassVar
 from lacer.envs import list_envs
 from lacer.envs.testing import EnvConformance
 
-
-class TestKnownSources(EnvConformance):
-    env_id = "lacer/KnownSources-v0"
-    start_methods = ("fork",)
-
-
-class TestMixedTraffic(EnvConformance):
-    env_id = "lacer/MixedTraffic-v0"
-    kwargs: ClassVar[dict[str, Any]] = {"scene": "small", "warm_up": 30.0, "horizon": 60.0}
-    start_methods = ("fork",)
+SMALL: dict[str, dict[str, Any]] = {
+    "lacer/MixedTraffic": {"scene": "small", "warm_up": 30.0, "horizon": 60.0}, "lacer/TrafficSignal": {"horizon": 100},
+}
+"""Arguments that make an environment small, by the beginning of its id."""
 
 
-class TestTrafficSignal(EnvConformance):
-    env_id = "lacer/TrafficSignal-v0"
-    kwargs: ClassVar[dict[str, Any]] = {"horizon": 100}
-    start_methods = ("fork",)
+def _tests_of(env_id: str) -> type[EnvConformance]:
+    kwargs = next((v for k, v in SMALL.items() if env_id.startswith(k)), {})
+    name = "Test" + "".join(c for c in env_id.split("/")[-1] if c.isalnum())
+    return type(name, (EnvConformance,), {"env_id": env_id, "kwargs": kwargs, "start_methods": ("fork",)})
+
+
+SHIPPED = [_tests_of(e) for e in list_envs() if e.startswith("lacer/")]
+globals().update({c.__name__: c for c in SHIPPED})  # pytest finds them there
+
+
+def test_all_that_ships_is_tested() -> None:
+    assert {"TestKnownSourcesv0", "TestMixedTrafficv0", "TestTrafficSignalv0"} <= {c.__name__ for c in SHIPPED}
+    assert len({c.__name__ for c in SHIPPED}) == len(SHIPPED)
 
 
 class TestInferred(EnvConformance):
     env_id = "CartPole-v1"
     kwargs: ClassVar[dict[str, Any]] = {"describe": {"history": {"observation": 4}}}
     start_methods = ("fork",)
-
-
-def test_all_that_ships_is_tested() -> None:
-    tested = {c.env_id for c in EnvConformance.__subclasses__()}
-    assert {e for e in list_envs() if e.startswith("lacer/")} <= tested
