@@ -141,7 +141,7 @@ def test_optimal_return_is_reached_by_an_ideal_reader_and_not_beaten(relevant: l
     assert returns.mean() == pytest.approx(env.optimal_return, abs=max(4 * error, 1e-3))
     if "words" in relevant:
         assert error < 0.02, "tight enough to tell 7/288 from the old bound, 8/288"
-        level = play(env, lambda o, i: np.array([read(o, s) for s in relevant]), 300)  # the level's middle, not its mean
+        level = play(env, lambda o, i: np.array([read(o, s) for s in relevant]), 300)  # its middle, not its mean
         assert level.mean() < returns.mean()
 
 
