@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
-import sys
 import warnings
 from collections.abc import Mapping
 from importlib import metadata
@@ -122,8 +120,6 @@ def make(env_id: str, *, describe: Mapping[str, Any] | None = None, **kwargs: An
     camera = options.get("camera")
     if camera is not None:
         kwargs = {"render_mode": "rgb_array", **kwargs}
-    if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws without a display, and does not look for one
     try:
         if isinstance(entry_point, str):
             load_env_creator(entry_point)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -56,6 +57,9 @@ def prepare(env_id: str, kwargs: dict[str, Any], camera: int | None) -> dict[str
     for name in names:
         if name not in _TYPES:
             raise UnknownNameError("observation type of highway-env", str(name), _TYPES)
+    if os.environ.get("SDL_VIDEODRIVER") == "dummy" and (camera is not None or "GrayscaleObservation" in names):
+        raise LacerError(f"{env_id}: highway-env draws black pictures with SDL_VIDEODRIVER=dummy; unset it (no display "
+                         'is needed), or leave the pictures out, e.g. observations=["Kinematics", "OccupancyGrid"]')
     given = config.get("observation", {})
     settings = []
     for name in names:
