@@ -48,6 +48,8 @@ class Described(gym.Wrapper, RecordConstructorArgs):
             self._parts = {p.spec.name: p for p in parts}
             if len(self._parts) < len(parts):
                 raise LacerError("the environment has a source `camera` already")
+            if not isinstance(history, Mapping | None):
+                raise LacerError(f"history must map names of sources to lengths, not {history!r}")
             self._histories = {n: History(self._find(n), length) for n, length in (history or {}).items()}
             made = [*self._parts.values(), *(Part(h.spec, h.read) for h in self._histories.values())]
             if len({p.spec.name for p in made}) < len(made):
@@ -77,27 +79,29 @@ class Described(gym.Wrapper, RecordConstructorArgs):
         self._return, self._length = 0.0, 0
         for h in self._histories.values():
             h.clear()
-        return self._observe(obs), self._with_state(info)
+        return self._observe(obs), self._about(info)
 
     def step(self, action: Any) -> tuple[dict, SupportsFloat, bool, bool, dict]:
         """As the environment's; at the end of an episode ``info["metrics"]`` has ``return`` and ``length`` too."""
         obs, reward, terminated, truncated, info = self.env.step(action)
         self._return += float(reward)
         self._length += 1
-        info = self._with_state(info)
+        own = info.get("metrics")
+        info = self._about(info)
         if terminated or truncated:
             metrics = {"return": self._return, "length": float(self._length)}
             if self._base.metrics is not None:
                 metrics |= self._base.metrics(float(reward), bool(terminated), info)
-            metrics |= info.get("metrics", {})
+            metrics |= own if isinstance(own, Mapping) else {}
             wanted = self.task_card.objective.metric
             if wanted not in metrics and wanted in info:
                 metrics[wanted] = float(info[wanted])
             info["metrics"] = metrics
         return self._observe(obs), float(reward), bool(terminated), bool(truncated), info
 
-    def _with_state(self, info: Mapping[str, Any]) -> dict[str, Any]:
-        out = dict(info)
+    def _about(self, info: Mapping[str, Any]) -> dict[str, Any]:
+        """The environment's info with the state as the card announces it; metrics come at the end of an episode."""
+        out = {k: v for k, v in info.items() if k != "metrics" and (k != "state" or self._base.state_names)}
         if self._base.state is not None:
             out["state"] = self._base.state()
         return out
@@ -146,6 +150,7 @@ class History:
 
     def read(self, value: Any) -> Any:
         """Remember a value; the history with it."""
+        value = value if isinstance(value, str) else np.array(value)  # some environments reuse their arrays
         self._past.extend([value] * (1 if self._past else self._length))
         return self._join(list(self._past))
 
@@ -281,7 +286,10 @@ def _objective(given: str | Objective | Mapping[str, str] | None) -> Objective |
 
 def _noop(given: Any, env: gym.Env) -> np.ndarray:
     space = env.action_space
-    action = np.asarray(given, space.dtype)
+    try:
+        action = np.asarray(given, space.dtype)
+    except (TypeError, ValueError):
+        raise LacerError(f"noop {given!r} is no action of {space}") from None
     if action.shape != (space.shape or ()) or not space.contains(action):
         raise LacerError(f"noop {given!r} is no action of {space}")
     return action

@@ -172,6 +172,26 @@ def test_metrics_at_the_end() -> None:
             assert info["metrics"]["return"] == 5
 
 
+def test_info_of_others_is_kept_apart() -> None:
+    """Other people's `state` and `metrics` need not be what ours are; arrays may be used again."""
+    class Odd(Plays):
+        def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+            self.buffer = getattr(self, "buffer", np.zeros(3, np.float32))
+            self.buffer += 0.1
+            _, reward, done, truncated, info = super().step(action)
+            return self.buffer, reward, done, truncated, {**info, "state": np.zeros(4), "metrics": [1, 2], "lap": 3}
+
+    env = describe(Odd(), history={"observation": 2}, quiet=True)
+    env.reset(seed=0)
+    for i in range(5):
+        obs, *_, info = env.step(0)
+        assert "state" not in info
+        assert info["lap"] == 3
+        assert ("metrics" in info) == (i == 4)
+    assert info["metrics"] == {"return": 5.0, "length": 5.0}
+    np.testing.assert_allclose(obs["observation_history"], np.full((2, 3), [[0.4], [0.5]]), rtol=1e-6)
+
+
 def test_history_of_every_modality() -> None:
     space = spaces.Dict({
         "joints": spaces.Box(-1, 1, (2,)), "past": spaces.Box(-1, 1, (3, 2)), "words": spaces.Text(4),
@@ -246,6 +266,7 @@ def test_camera() -> None:
     ({"history": {"observatoin": 4}}, "did you mean 'observation'"), ({"history": {"observation": 1}}, "at least 2"),
     ({"history": {"observation": 2.5}}, "at least 2"), ({"camera": 64}, 'render_mode="rgb_array"'),
     ({"camera": 3}, "from 8 to 1024"), ({"noop": 7}, "is no action of"), ({"noop": [0, 1]}, "is no action of"),
+    ({"noop": "left"}, "is no action of"), ({"history": ["observation"]}, "history must map"),
     ({"objective": {"metrics": "x"}}, "objective needs metric"),
     ({"objective": {"metric": "x", "direction": "maximise"}}, "did you mean 'maximize'"),
 ])
