@@ -45,7 +45,8 @@ class EnvConformance:
         kwargs: constructor arguments.
         longest: steps after which an episode must have ended.
         episodes: episodes played by the tests that look at many steps.
-        start_methods: how the processes of vectorised environments are started.
+        start_methods: how the processes of vectorised environments are started; without ``fork`` for environments that
+            render with OpenGL, whose threads do not survive it.
     """
 
     env_id: ClassVar[str]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import gymnasium as gym
@@ -73,15 +75,28 @@ def cheap_pictures(env: gym.Env) -> None:
     """Renders without shadows and smoothing, which take most of the time where there is no graphics card.
 
     Raises:
-        LacerError: if there is no way to render off screen; says what to install.
+        LacerError: if there is no way to render; says what to install.
     """
+    error = _render_error(os.environ.get("MUJOCO_GL"))
+    if error:
+        raise LacerError(
+            f"MuJoCo cannot render here ({error}). Without a display it needs EGL (Debian: apt install libegl1) or "
+            "OSMesa (apt install libosmesa6, and MUJOCO_GL=osmesa); or leave the camera out")
     world: Any = env.unwrapped
     world.model.vis.quality.shadowsize = 0
     world.model.vis.quality.offsamples = 0
+
+
+@lru_cache
+def _render_error(backend: str | None) -> str:
+    """Why MuJoCo cannot render with a backend, "" if it can. Tried in a process of its own: OpenGL's threads do not
+    survive the fork by which runs are started, so a process that will be forked must not have rendered."""
+    code = ("import gymnasium as g; env = g.make('InvertedPendulum-v5', render_mode='rgb_array', width=16, height=16)"
+            "; env.reset(); env.render()")
     try:
-        env.reset()
-        env.render()
-    except Exception as e:  # whatever the graphics library raises: RuntimeError, AttributeError, ImportError, ...
-        raise LacerError(
-            f"MuJoCo cannot render here ({type(e).__name__}: {e}). Without a display it needs EGL (Debian: apt install "
-            "libegl1) or OSMesa (apt install libosmesa6 and MUJOCO_GL=osmesa); or leave the camera out") from e
+        done = subprocess.run([sys.executable, "-P", "-W", "ignore", "-c", code], capture_output=True, text=True,
+                              timeout=60, check=False, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired:
+        return "no picture within a minute"
+    lines = [line for line in done.stderr.splitlines() if "Error" in line]
+    return "" if done.returncode == 0 else (lines[0] if lines else f"exit {done.returncode}").strip()[:200]
