@@ -49,7 +49,7 @@ def register_env(
         env_id: Gymnasium id, e.g. ``"lacer/MixedTraffic-v0"``.
         entry_point: ``"module:Class"``. Without any of the next six arguments, a class with a ``task_card`` attribute
             (a :class:`TaskCard`) is taken as it is, and others are described by inference when they are made.
-        summary: one line for ``lacer envs``.
+        summary: one line for ``lacer envs``; without one the description, or the entry point, stands there.
         sources, objective, description, history, camera, noop: as for :func:`lacer.envs.describe`.
         max_episode_steps: steps after which an episode is truncated, as in Gymnasium.
         **kwargs: default constructor arguments.
@@ -66,7 +66,7 @@ def register_env(
     wrappers = (WrapperSpec("Described", "lacer.envs.described:Described", given),) if given else ()
     gym.register(id=env_id, entry_point=entry_point, kwargs=kwargs, disable_env_checker=True,
                  max_episode_steps=max_episode_steps, additional_wrappers=wrappers)
-    _SUMMARIES[env_id] = summary or description
+    _SUMMARIES[env_id] = summary or description or f"registered as {entry_point}"
 
 
 def list_envs() -> dict[str, str]:
