@@ -11,11 +11,14 @@ class LacerError(Exception):
 
 
 class UnknownNameError(LacerError, KeyError):
-    """A name that is not registered; the message lists what is known and the nearest match."""
+    """A name that is not registered; the message lists what is known and the nearest match, which may also be one of
+    ``others``."""
 
-    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+    def __init__(self, kind: str, name: str, known: Iterable[str], others: Iterable[str] = ()) -> None:
         known = sorted(known)
-        super().__init__(f"unknown {kind} {name!r}{did_you_mean(name, known)} Known: {', '.join(known) or 'none'}.")
+        hint = did_you_mean(name, known)
+        hint = did_you_mean(name, others) if hint == "." else hint
+        super().__init__(f"unknown {kind} {name!r}{hint} Known: {', '.join(known) or 'none'}.")
 
     def __str__(self) -> str:  # KeyError would print the repr
         return str(self.args[0])

@@ -30,8 +30,10 @@ class KnownSourcesEnv(gym.Env):
     Each relevant source j hides a target t_j, uniform on [-1, 1] and drawn anew at every step, and owns one action
     dimension a_j. The reward of a step is ``1 - 3 * mean_j (a_j - t_j)**2``, so in expectation a policy that reads
     every relevant source perfectly gets 1 a step, one that always answers 0 gets 0, and one that ignores a share q
-    of the relevant sources gets at best ``1 - q``. ``words`` is rounded to seven levels, which costs at most
-    ``3 * (1/6)**2 / 3`` of its share. The optimal return of an episode is ``horizon`` (``words`` aside).
+    of the relevant sources gets at best ``1 - q``. ``words`` is rounded to seven levels, of which the best answer, the
+    mean of the level, costs ``7/288`` of its share. So the optimal return of an episode of n relevant sources is
+    ``horizon * (1 - [words is relevant] * 7 / (288 n))``, :attr:`optimal_return`; the noise in ``trend`` and
+    ``picture`` takes less than 0.03 of their share from an ideal reader.
 
     Args:
         sources: the sources to show, out of position, trend, picture, words, crowd, echo, noise.
@@ -90,8 +92,12 @@ class KnownSourcesEnv(gym.Env):
 
     @property
     def optimal_return(self) -> float:
-        """Expected return of a policy that reads all relevant sources perfectly (``words`` taken as exact)."""
-        return float(self.horizon)
+        """Expected return of a policy that gets all out of the relevant sources, in closed form.
+
+        A target of ``words`` is uniform in its level's interval, of width w = 1/3, or 1/6 at the two ends, so the best
+        answer errs by w^2 / 12 on average: 5/6 (1/3)^2 / 12 + 1/6 (1/6)^2 / 12 = 7/864, and thrice that is lost.
+        """
+        return self.horizon * (1 - ("words" in self.relevant) * 7 / 288 / len(self.relevant))
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
         super().reset(seed=seed)

@@ -112,8 +112,33 @@ class TaskCard:
         for key, source in self.sources.items():
             if key != source.name:
                 raise LacerError(f"{self.env_id}: source {source.name!r} stands under the key {key!r}")
+        a = self.action_space
+        if not isinstance(a, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+            raise LacerError(f"{self.env_id}: PPO acts in a Box, Discrete, MultiDiscrete or MultiBinary space, not in "
+                             f"{a}")
+        if isinstance(a, spaces.Box) and not (np.isfinite(a.low).all() and np.isfinite(a.high).all()):
+            raise LacerError(f"{self.env_id}: the bounds of the action space {a} must be finite")
+        if isinstance(a, spaces.Discrete) and a.start != 0:
+            raise LacerError(f"{self.env_id}: the actions must count from 0, not from {a.start}")
 
     @property
     def observation_space(self) -> spaces.Dict:
         """The Dict space of all sources."""
         return spaces.Dict({name: s.space for name, s in self.sources.items()})
+
+    def source_lines(self) -> list[str]:
+        """One line per source: name, modality, shape, dtype, description."""
+        rows = [(n, s.modality, "" if s.modality == "text" else f"{s.shape} {s.space.dtype}", s.description)
+                for n, s in self.sources.items()]
+        widths = [max(len(r[i]) for r in rows) for i in range(3)]
+        return [f"{r[0]:{widths[0]}}  {r[1]:{widths[1]}}  {r[2]:{widths[2]}}  {r[3]}" for r in rows]
+
+    def __str__(self) -> str:
+        """The card as a person reads it."""
+        o = self.objective
+        return "\n".join([
+            self.env_id, f"  {self.description}",
+            "sources", *(f"  {line}" for line in self.source_lines()),
+            f"actions    {self.action_space}" + ("" if self.noop is None else f"; do nothing: {self.noop.tolist()}"),
+            f"objective  {o.direction} {o.metric}" + (f" ({o.unit})" if o.unit else ""),
+            *([f"state      {', '.join(self.state_names)}"] if self.state_names else [])])

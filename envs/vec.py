@@ -62,7 +62,8 @@ class SeededEpisodes(gym.Wrapper):
         return obs, reward, terminated, truncated, {**info, "episode_seed": self._seed}
 
 
-def _make_one(env_id: str, kwargs: dict[str, Any], seeds: Sequence[int] | None) -> gym.Env:
+def make_one(env_id: str, kwargs: dict[str, Any], seeds: Sequence[int] | None = None) -> gym.Env:
+    """One environment as vectorised ones hold it: numeric observations, SB3's Monitor, given seeds if any."""
     env: gym.Env = TextAsBytes(make(env_id, **kwargs))
     return Monitor(env if seeds is None else SeededEpisodes(env, seeds))
 
@@ -98,7 +99,7 @@ def make_vec(
     one_per_process = bool(probe.metadata.get("one_per_process", False))
     probe.close()
     fns: list[Callable[[], gym.Env]] = [
-        partial(_make_one, env_id, kwargs, None if episode_seeds is None else list(episode_seeds)[i::n])
+        partial(make_one, env_id, kwargs, None if episode_seeds is None else list(episode_seeds)[i::n])
         for i in range(n)]
     if one_per_process:
         default = "spawn" if sys.platform == "win32" else "forkserver"

@@ -38,6 +38,10 @@ EXAMPLES = {
     "show": """examples:
   lacer show runs/R/best
   lacer show my_encoder.json --env lacer/KnownSources-v0 --out picture.svg""",
+    "envs": """examples:
+  lacer envs
+  lacer envs CartPole-v1
+  lacer envs HalfCheetah-v5 --env-kwargs '{"describe": {"camera": 64}}'""",
     "blocks": """examples:
   lacer blocks
   lacer blocks gru
@@ -163,7 +167,10 @@ def _parser() -> _Parser:
                    "(default: 1)")
     p.add_argument("--out", default=None, metavar="PICTURE", help="picture to write, .svg or .png")
 
-    command("envs", "list environments")
+    p = command("envs", "list environments, or show one: its sources, actions and objective")
+    p.add_argument("env", nargs="?", default=None, metavar="ID", help="environment id; any that Gymnasium knows")
+    p.add_argument("--env-kwargs", dest="env_kwargs", type=dict | None, default=None, metavar="JSON",
+                   help="constructor arguments of the environment")
     p = command("blocks", "list the blocks that encoders are made of, or explain one")
     p.add_argument("name", nargs="?", default=None, metavar="NAME", help="a block, e.g. gru or series:gru")
     command("designers", "list designers")
@@ -280,8 +287,14 @@ def _list(rows: dict[str, str]) -> None:
         print(f"{name:{width}}  {text}")
 
 
-def _envs(_: Namespace) -> None:
-    _list(list_envs())
+def _envs(a: Namespace) -> None:
+    if a.env is None:
+        _list(list_envs())
+        print("and any id of Gymnasium, MiniGrid, BabyAI or highway-env; module:Id for your own")
+        return
+    from lacer.envs import task_card
+
+    print(task_card(a.env, **(a.env_kwargs or {})))
 
 
 def _blocks(a: Namespace) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import re
 import shlex
@@ -10,6 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from lacer.envs import task_card
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -30,8 +34,20 @@ def test_python_in_under_ten_lines(tmp_path: Path) -> None:
     assert (tmp_path / report).is_file()
 
 
+def test_any_environment() -> None:
+    assert "describe(gym.make(" in PYTHON[1]
+    done = run(["-P", "-c", PYTHON[1]], Path.cwd())
+    assert done.returncode == 0, done.stderr
+    assert "observation_history  series  (8, 4) float32" in done.stdout
+    [command] = [c for c in COMMANDS if c.startswith("lacer envs HalfCheetah")]
+    kwargs = json.loads(shlex.split(command)[-1])
+    if importlib.util.find_spec("mujoco"):
+        del kwargs["describe"]["camera"]  # not every machine can render
+        assert task_card("HalfCheetah-v5", **kwargs).sources["position_history"].shape == (8, 8)
+
+
 def test_an_environment_of_ones_own(tmp_path: Path) -> None:
-    (tmp_path / "thermostat.py").write_text(PYTHON[1])
+    (tmp_path / "thermostat.py").write_text(PYTHON[2])
     [command] = [c for c in COMMANDS if "thermostat" in c]
     done = run(["-P", "-m", "lacer.search.cli", *shlex.split(command)[1:]], tmp_path)
     assert done.returncode == 0, done.stderr

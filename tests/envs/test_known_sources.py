@@ -98,8 +98,8 @@ def test_expected_returns(relevant: list[str] | None) -> None:
     noop = play(env, lambda *_: env.task_card.noop, episodes) / 16
     assert abs(noop.mean()) < 4 * noop.std() / np.sqrt(episodes)
     assert noop.std() > 0.05
-    assert play(env, perfect, 20) == pytest.approx(np.full(20, env.optimal_return))
-    assert env.optimal_return == 16
+    assert play(env, perfect, 20) == pytest.approx(np.full(20, 16.0)), "knowing the truth, beyond the words' levels"
+    assert env.optimal_return == pytest.approx(16 * (1 - ("words" in env.relevant) * 7 / 288 / n))
 
     def blind_to_the_first(_: Any, info: dict[str, Any]) -> np.ndarray:
         return perfect(_, info) * (np.arange(n) > 0)
@@ -126,6 +126,23 @@ def test_each_source_tells_its_target(source: str) -> None:
     else:
         assert score > 0.97
         assert np.abs(errors).max() < 0.25
+
+
+@pytest.mark.parametrize("relevant", [["words"], ["position", "crowd"], ["position", "words", "crowd"]])
+def test_optimal_return_is_reached_by_an_ideal_reader_and_not_beaten(relevant: list[str]) -> None:
+    """Reading the observation alone, with the mean of the level for the words."""
+    env = KnownSourcesEnv(("position", "words", "crowd", "noise"), relevant=relevant)
+
+    def ideal(obs: dict[str, Any], _: Any) -> np.ndarray:
+        return np.array([np.clip(read(obs, s), -11 / 12, 11 / 12) if s == "words" else read(obs, s) for s in relevant])
+
+    returns = play(env, ideal, 300)
+    error = returns.std() / np.sqrt(len(returns))
+    assert returns.mean() == pytest.approx(env.optimal_return, abs=max(4 * error, 1e-3))
+    if "words" in relevant:
+        assert error < 0.02, "tight enough to tell 7/288 from the old bound, 8/288"
+        level = play(env, lambda o, i: np.array([read(o, s) for s in relevant]), 300)  # its middle, not its mean
+        assert level.mean() < returns.mean()
 
 
 def test_echo_copies_and_noise_tells_nothing() -> None:

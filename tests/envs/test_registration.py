@@ -113,13 +113,6 @@ def test_odd_ids_are_unknown(env_id: str) -> None:
         make(env_id)
 
 
-def test_an_environment_without_a_task_card() -> None:
-    with pytest.raises(LacerError, match=r"helper/NoCard-v0 has no `task_card`; give its class one"):
-        make("helper/NoCard-v0")
-    with pytest.raises(LacerError, match="CartPole-v1 has no `task_card`"):
-        make("CartPole-v1")
-
-
 def test_wrong_arguments() -> None:
     with pytest.raises(LacerError, match=r"helper/Tiny-v0 does not take these arguments: .*'speed'"):
         make("helper/Tiny-v0", speed=3)

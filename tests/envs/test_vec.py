@@ -176,7 +176,7 @@ def test_closing_after_an_environment_died() -> None:
     (("helper_envs:helper/Tinny-v0", 1), {}, "did you mean 'helper/Tiny-v0'?"),
     ((TINY, 1, {"speed": 1}), {}, "does not take these arguments"),
     ((ALONE, 1, {"speed": 1}), {}, "does not take these arguments"),
-    (("helper_envs:helper/NoCard-v0", 1), {}, "has no `task_card`"),
+    ((TINY, 1, {"describe": {"histroy": {}}}), {}, "did you mean 'history'?"),
     ((TINY, 3), {"episode_seeds": [1, 2]}, "3 environments"),
 ])
 def test_errors_show_before_any_process_starts(args: tuple, kwargs: dict[str, Any], says: str) -> None:
