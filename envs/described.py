@@ -214,7 +214,7 @@ def describe(
         from lacer.envs.registration import make
 
         return make(env, describe={k: v for k, v in given.items() if v is not None})
-    made = Described(env, **given)  # type: ignore[arg-type]
+    made = Described(env, **given)
     if not quiet:
         tell(made)
     return made

@@ -34,9 +34,15 @@ def test_python_in_under_ten_lines(tmp_path: Path) -> None:
     assert (tmp_path / report).is_file()
 
 
+def test_any_objective(tmp_path: Path) -> None:
+    done = run(["-P", "-c", PYTHON[1]], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "{'width': 32, 'depth': 1} 32.0"
+
+
 def test_any_environment() -> None:
-    assert "describe(gym.make(" in PYTHON[1]
-    done = run(["-P", "-c", PYTHON[1]], Path.cwd())
+    assert "describe(gym.make(" in PYTHON[2]
+    done = run(["-P", "-c", PYTHON[2]], Path.cwd())
     assert done.returncode == 0, done.stderr
     assert "observation_history  series  (8, 4) float32" in done.stdout
     [command] = [c for c in COMMANDS if c.startswith("lacer envs HalfCheetah")]
@@ -47,7 +53,7 @@ def test_any_environment() -> None:
 
 
 def test_an_environment_of_ones_own(tmp_path: Path) -> None:
-    (tmp_path / "thermostat.py").write_text(PYTHON[2])
+    (tmp_path / "thermostat.py").write_text(PYTHON[3])
     [command] = [c for c in COMMANDS if "thermostat" in c]
     done = run(["-P", "-m", "lacer.search.cli", *shlex.split(command)[1:]], tmp_path)
     assert done.returncode == 0, done.stderr
