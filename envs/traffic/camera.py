@@ -42,12 +42,16 @@ class Camera:
         x1 = (position * scale).astype(int)
         x0 = np.minimum(((position - 5.0 - 4.0 * broken) * scale).astype(int), x1)
         top = strip * self._strip + (self._lanes - 1 - lane) * self._rows
-        light = np.where(broken, 255, BODY)
-        pace = np.clip(40 + 215 * speed / MAIN_LIMIT, 0, 255).astype(int)
-        auto = np.where(cav, 200, 0)
-        seen = (strip >= 0) & (x1 >= 0)
-        for i in np.flatnonzero(seen):
-            image[top[i]:top[i] + self._rows, max(x0[i], 0):x1[i] + 1] = (light[i], pace[i], auto[i])
+        colour = np.empty((len(x1), 3), np.uint8)
+        colour[:, 0] = np.where(broken, 255, BODY)
+        colour[:, 1] = np.clip(40 + 215 * speed / MAIN_LIMIT, 0, 255)
+        colour[:, 2] = np.where(cav, 200, 0)
+        seen = np.flatnonzero((strip >= 0) & (x1 >= 0))
+        x0, x1, top, colour = np.maximum(x0[seen], 0), np.minimum(x1[seen], SIZE - 1), top[seen], colour[seen]
+        for column in range(int((x1 - x0).max(initial=-1)) + 1):
+            at = np.minimum(x0 + column, x1)
+            for row in range(self._rows):
+                image[top + row, at] = colour
         return image
 
     def where(self, stretch: int, lane: int, position: float) -> tuple[int, int]:
@@ -56,7 +60,6 @@ class Camera:
         return (stretch - 1) * self._strip + (self._lanes - 1 - lane) * self._rows, min(column, SIZE - 1)
 
 
-def fog(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The picture on a foggy day: a twelfth of its contrast is left, under noise."""
-    noise = rng.integers(0, 60, image.shape[:2], dtype=np.uint8)[..., None]
-    return (image // 12 + noise).astype(np.uint8)
+def fog(rng: np.random.Generator) -> np.ndarray:
+    """The picture on a foggy day: grey noise."""
+    return np.repeat(rng.integers(0, 60, (SIZE, SIZE, 1), dtype=np.uint8), 3, axis=2)
