@@ -29,7 +29,12 @@ from lacer.envs import make, register_env
 from lacer.envs.traffic.demand import CARRIERS
 from lacer.envs.traffic.mixed import MixedTrafficEnv
 
-SCENE: dict[str, Any] = {"scene": "small", "main_flow": [2400, 2700]}
+SCENE: dict[str, Any] = {
+    "scene": "small", "lanes": 2, "main_flow": [800, 1200], "control_interval": 6, "horizon": 120, "warm_up": 40,
+    "news": {"instruction": 1, "camera": 2, "traffic": 3, "history": 2, "sequence": 2},
+    "order_weights": [0.2, 0, 0.4, 0.4],
+}
+"""Two lanes and little traffic, so that a step is cheap and what an action does is seen at once."""
 ENCODER: dict[str, Any] = {
     "sources": {
         "traffic": {"block": "mlp", "width": 64, "depth": 1},
@@ -40,9 +45,10 @@ ENCODER: dict[str, Any] = {
     },
     "fusion": {"block": "concat", "width": 64, "depth": 1},
 }
-PPO = PPOConfig(n_envs=4, n_steps=64, batch_size=64, n_epochs=8, learning_rate=1e-3, gamma=0.97, gae_lambda=0.85,
-                use_sde=True, sde_sample_freq=4, log_std_init=-1.5, head=(64, 64))
-EVAL_SEED, CHOICE_SEED = 1_000_000, 1_500_000
+PPO = PPOConfig(n_envs=4, n_steps=64, batch_size=64, n_epochs=8, learning_rate=1e-3, gamma=0.5, gae_lambda=0.9,
+                log_std_init=0.5, head=(64, 64))
+"""Wide exploration and a short horizon: the right lane shows in the reward of the same step."""
+EVAL_SEED, CHOICE_SEED = 2_000_000, 2_500_000
 ENV = "source_value:lacer/BlankedTraffic-v0"
 
 
@@ -156,10 +162,10 @@ def main() -> None:
     """Train what is missing, then report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("source_value.jsonl"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--conditions", nargs="+", choices=["all", *CARRIERS], default=["all", *CARRIERS])
     parser.add_argument("--steps", type=int, default=12_288)
-    parser.add_argument("--episodes", type=int, default=40)
+    parser.add_argument("--episodes", type=int, default=60)
     args = parser.parse_args()
     rows = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
     rows = [r for r in rows if r["steps"] == args.steps and len(r["returns"]) == args.episodes]

@@ -31,13 +31,6 @@ ANY_SOURCE = dict.fromkeys(CARRIERS, 1.0)
 """News that any one of the five sources carries alone, each as often."""
 
 SCENES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "lanes": 3, "drop": "before", "in_length": 60.0, "segment_lengths": (180.0, 120.0, 80.0),
-        "out_length": 30.0, "ramp_length": 100.0, "main_flow": (2400.0, 2700.0), "ramp_flow": (200.0, 500.0),
-        "step_length": 1.0, "warm_up": 40.0, "horizon": 120.0, "incident_probability": 1.0,
-        "incident_delay": (-15.0, -10.0), "incident_segments": (3,), "incident_place": (0.1, 0.4),
-        "clear_segments": (1, 2), "news": ANY_SOURCE,
-    },
     "small": {
         "lanes": 3, "drop": "before", "in_length": 100.0, "segment_lengths": (300.0, 150.0, 100.0),
         "out_length": 50.0, "ramp_length": 150.0, "main_flow": (2100.0, 2700.0), "ramp_flow": (200.0, 500.0),
@@ -66,7 +59,7 @@ class MixedTrafficEnv(gym.Env):
 
     Observation, a Dict of five sources (S controlled segments, L lanes, K segments where incidents may happen,
     A = S + L + 1 actions):
-        traffic: vector (4 (S + 1) + 2 S L + 2,): density (1 = 80 veh/km/lane), mean speed (1 = 27.78 m/s), spread of
+        traffic: vector (4 (S + 1) + 2 S L + 2,): density (1 = 50 veh/km/lane), mean speed (1 = 27.78 m/s), spread of
             speed (1 = 10 m/s), CAV share, of each segment and the exit; density and speed of each lane of each
             segment; density and speed of the ramp. With relative detector noise.
         history: series (T, 3 (S + 1) + K L + A), oldest first: speed, density, flow (1 = 0.5 veh/s/lane) of each
@@ -154,8 +147,8 @@ class MixedTrafficEnv(gym.Env):
         news: Mapping[str, float] | None = None,
         order_weights: Sequence[float] = (0.4, 0.2, 0.2, 0.2),
         wordings: Literal["train", "held_out"] = "train",
-        safety_weight: float = 0.5,
-        order_weight: float = 0.05,
+        safety_weight: float = 1.0,
+        order_weight: float = 0.15,
         client: Literal["libsumo", "traci"] = "libsumo",
         render_mode: str | None = None,
     ) -> None:
@@ -224,13 +217,13 @@ class MixedTrafficEnv(gym.Env):
             return spaces.Box(np.broadcast_to(low, rows + high.shape), np.broadcast_to(high, rows + high.shape))
 
         counted = len(self._p["incident_segments"]) * n_lanes
-        past_high = np.repeat([2.0, 1.0], [self._detectors.summary, counted + n_act])
+        past_high = np.repeat([sensors.HIGHEST, 1.0], [self._detectors.summary, counted + n_act])
         past_low = np.repeat([0.0, -1.0], [self._detectors.summary + counted, n_act])
         vehicle_high = np.ones(sensors.VEHICLE_COLUMNS + n_lanes + 1)
         vehicle_high[1:3] = 2.0
         vehicle_low = np.where(np.arange(len(vehicle_high)) == 1, -2.0, 0.0)
         return [
-            SourceSpec("traffic", "vector", box(np.full(self._detectors.size, 2.0)),
+            SourceSpec("traffic", "vector", box(np.full(self._detectors.size, sensors.HIGHEST)),
                        "Detectors now, noisy: density, mean speed, spread of speed and CAV share of each road segment, "
                        "then density and speed of each lane of each segment (on some days only their means), then "
                        "density and speed of the ramp."),

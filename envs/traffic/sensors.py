@@ -7,10 +7,12 @@ import numpy as np
 from lacer.envs.traffic.network import MAIN_LIMIT, RAMP_LIMIT, Motorway
 from lacer.envs.traffic.simulation import Snapshot
 
-JAM = 0.08
+DENSE = 0.05
 """Density that reads 1: vehicles per metre and lane."""
 FLOW = 0.5
 """Flow that reads 1: vehicles per second and lane."""
+HIGHEST = 1.5
+"""Readings end here."""
 VEHICLE_COLUMNS = 7  # then one column per lane
 
 
@@ -28,8 +30,8 @@ class Detectors:
         self._m, self._n_lanes, self._segments = len(road.stretches) - 1, road.lanes, road.segments
         self._width = road.lanes + 2  # acceleration lane, through lanes, the entry's extra lane
         lengths = np.array([s.length for s in road.stretches[1:]])
-        self._space = lengths * [s.lanes for s in road.stretches[1:]] * JAM
-        self._lane_space = lengths[:-1, None] * JAM
+        self._space = lengths * [s.lanes for s in road.stretches[1:]] * DENSE
+        self._lane_space = lengths[:-1, None] * DENSE
         self.size = 4 * self._m + 2 * self._segments * self._n_lanes + 2
         self.summary = 3 * self._m
 
@@ -60,14 +62,14 @@ class Detectors:
         else:
             lanes[:] = head[:-1, None, :2]
         on_ramp = n[0].sum()
-        out[-2] = on_ramp / (self._road.ramp_length * JAM)
+        out[-2] = on_ramp / (self._road.ramp_length * DENSE)
         out[-1] = v[0].sum() / on_ramp / RAMP_LIMIT if on_ramp else 1
         out *= rng.normal(1.0, self._noise, self.size)
-        now = out.clip(0, 2).astype(np.float32)
+        now = out.clip(0, HIGHEST).astype(np.float32)
         seen = now[:4 * m].reshape(m, 4)
         past = np.empty((m, 3), np.float32)
         past[:, 0], past[:, 1] = seen[:, 1], seen[:, 0]
-        past[:, 2] = (seen[:, 0] * seen[:, 1] * (JAM * MAIN_LIMIT / FLOW)).clip(0, 2)
+        past[:, 2] = (seen[:, 0] * seen[:, 1] * (DENSE * MAIN_LIMIT / FLOW)).clip(0, HIGHEST)
         return now, past.ravel()
 
 
