@@ -25,6 +25,12 @@ class Camera:
         self._rows = self._strip // (road.lanes + 1)
         self._lanes = road.lanes
         self._lengths = np.array([s.length for s in road.stretches])
+        self._scale = SIZE / self._lengths[1:]
+        self._lane_rows = strips * (self._lanes + 1) + 1  # the last one stays black, for what is left of the picture
+        high = np.arange(SIZE)
+        lane_of = high % self._strip // self._rows
+        self._row_of = np.where((high < strips * self._strip) & (lane_of <= self._lanes),
+                                high // self._strip * (self._lanes + 1) + lane_of, self._lane_rows - 1)
         self._ramp_shift = road.stretches[1].length - road.ramp_length
 
     def draw(
@@ -33,26 +39,21 @@ class Camera:
     ) -> np.ndarray:
         """Paint vehicles, all arrays of shape (n,): ``edge`` is the stretch (-1 for the ramp), ``lane`` the through
         lane (-1 for the acceleration lane), ``position`` of the front bumper (m), ``speed`` (m/s)."""
-        image = np.zeros((SIZE, SIZE, 3), np.uint8)
         ramp = edge < 0
-        strip = np.where(ramp, 1, edge) - 1
-        position = np.where(ramp, position + self._ramp_shift, position)
-        lane = np.where(ramp, -1, lane)
-        scale = SIZE / self._lengths[strip + 1]
-        x1 = (position * scale).astype(int)
-        x0 = np.minimum(((position - 5.0 - 4.0 * broken) * scale).astype(int), x1)
-        top = strip * self._strip + (self._lanes - 1 - lane) * self._rows
-        colour = np.empty((len(x1), 3), np.uint8)
-        colour[:, 0] = np.where(broken, 255, BODY)
-        colour[:, 1] = np.clip(40 + 215 * speed / MAIN_LIMIT, 0, 255)
-        colour[:, 2] = np.where(cav, 200, 0)
+        strip = np.where(ramp, 0, edge - 1)
+        x1 = ((position + ramp * self._ramp_shift) * self._scale[strip]).astype(int)
         seen = np.flatnonzero((strip >= 0) & (x1 >= 0))
-        x0, x1, top, colour = np.maximum(x0[seen], 0), np.minimum(x1[seen], SIZE - 1), top[seen], colour[seen]
-        for column in range(int((x1 - x0).max(initial=-1)) + 1):
-            at = np.minimum(x0 + column, x1)
-            for row in range(self._rows):
-                image[top + row, at] = colour
-        return image
+        strip, x1, broken = strip[seen], np.minimum(x1[seen], SIZE - 1), broken[seen]
+        wide = ((5.0 + 4.0 * broken) * self._scale[strip]).astype(int)
+        row = strip * (self._lanes + 1) + self._lanes - 1 - np.where(ramp, -1, lane)[seen]
+        colour = np.empty((len(seen), 1, 3), np.uint8)
+        colour[:, 0, 0] = np.where(broken, 255, BODY)
+        colour[:, 0, 1] = np.minimum(40 + speed[seen] * (215 / MAIN_LIMIT), 255)
+        colour[:, 0, 2] = cav[seen] * np.uint8(200)
+        back = np.minimum(np.arange(wide.max(initial=0) + 1), wide[:, None])
+        lanes = np.zeros((self._lane_rows, SIZE, 3), np.uint8)
+        lanes[row[:, None], np.maximum(x1[:, None] - back, 0)] = colour
+        return lanes[self._row_of]
 
     def where(self, stretch: int, lane: int, position: float) -> tuple[int, int]:
         """Row and column of a place on the main road."""

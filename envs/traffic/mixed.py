@@ -197,9 +197,12 @@ class MixedTrafficEnv(gym.Env):
                 f"{cav_share:.0%} of the vehicles connected and automated (CAVs). Every {control_interval:g} s set "
                 f"{n_seg} segment speeds, {n_lanes} lane weights (the largest above 0.3 is the lane that CAVs clear "
                 "before the incident area) and the holding of the ramp. A vehicle may break down on a lane: clearing "
-                "that lane early gains most, clearing another one costs most. The lane is told by the text in some "
-                "episodes, only visible to the camera in others. Segment averages hardly show it. Maximise the "
-                "average speed over an episode, waiting vehicles counted."
+                "that lane early gains most, clearing another one costs most. Maximise the average speed over an "
+                "episode, waiting vehicles counted."
+                + ("" if len(p["news"]) == 1 else
+                   " Which source tells the lane differs between episodes: " + ", ".join(
+                       f"{name} {w / sum(p['news'].values()):.0%}" for name, w in p["news"].items()) + ".")
+                + (" The dispatcher's orders about speed and ramp are part of the reward." if order_weight else "")
             ),
             state_names=(
                 "incident_active", *(f"incident_lane_{k}" for k in range(n_lanes)), "incident_km", "queue_length",
@@ -246,6 +249,7 @@ class MixedTrafficEnv(gym.Env):
         super().reset(seed=seed)
         if self._sim is not None:
             self._sim.close()
+            self._sim = None
         p, road, rng = self._p, self.road, self.np_random
         low, high = p["incident_delay"]
         self._episode: Episode = draw_episode(
@@ -258,10 +262,14 @@ class MixedTrafficEnv(gym.Env):
         )
         self._wording = float(rng.random())
         self._net = self._net or road.build()
-        if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="lacer-traffic-"))
-        routes = self._folder / "routes.xml"
-        self._episode.write_routes(routes, road)
+        try:
+            if self._folder is None or not self._folder.is_dir():
+                self._folder = Path(tempfile.mkdtemp(prefix="lacer-traffic-"))
+            routes = self._folder / "routes.xml"
+            self._episode.write_routes(routes, road)
+        except OSError as e:
+            raise LacerError(f"cannot write the episode's vehicles: {e}; free some space or set TMPDIR to another "
+                             "folder, then reset() again") from e
         self._sim = Simulation(
             road, routes, net=self._net, seed=self._episode.sumo_seed, step_length=p["step_length"],
             departs=np.array([t.depart for t in self._episode.trips]), incident=self._episode.incident,
@@ -336,12 +344,15 @@ class MixedTrafficEnv(gym.Env):
         self.close()
 
     def render(self) -> np.ndarray | None:
-        """The road as an RGB picture (H, W, 3) uint8, or None without a render mode."""
+        """The road as an RGB picture (H, W, 3) uint8 in mode ``rgb_array``; None in mode ``human``, whose window shows
+        every step by itself, and without a render mode."""
         if self.render_mode is None:
             gym.logger.warn('render() needs render_mode="rgb_array"')
             return None
         if self._sim is None or self._sim.sumo is None:
             raise LacerError("call reset() before render()")
+        if self.render_mode == "human":
+            return None
         from lacer.envs.traffic.drawing import draw
 
         return draw(self.road, self._seen, self._message(), self._state(), self._total, self._action, self._elapsed)

@@ -149,9 +149,12 @@ class Simulation:
         counters = [f"s{i}_{k + road.stretches[i].offset}" for i in counted for k in range(road.lanes)]
         self._counters, self._places = [f"count_{c}" for c in counters], len(counted)
         extra = routes.with_name("counters.add.xml")
-        extra.write_text("<additional>\n" + "".join(
-            f'<inductionLoop id="count_{c}" lane="{c}" pos="-5" period="{interval}" file="NUL"/>\n'
-            for c in counters) + "</additional>\n")
+        try:
+            extra.write_text("<additional>\n" + "".join(
+                f'<inductionLoop id="count_{c}" lane="{c}" pos="-5" period="{interval}" file="NUL"/>\n'
+                for c in counters) + "</additional>\n")
+        except OSError as e:
+            raise LacerError(f"cannot write the list of counters: {e}") from e
         command = [
             "--net-file", str(net), "--route-files", str(routes), "--additional-files", str(extra),
             "--seed", str(seed), "--step-length", str(step_length), "--time-to-teleport", "-1",
@@ -159,6 +162,7 @@ class Simulation:
             "--duration-log.disable", "true", "--xml-validation", "never",
         ]
         self.sumo = self._start(command) if client == "libsumo" else _connect(command, client)
+        self._errors = _failures()
 
     def _start(self, options: list[str]) -> Any:
         global _holder
@@ -191,7 +195,7 @@ class Simulation:
         if sumo is None or (hasattr(sumo, "isLoaded") and not sumo.isLoaded()):
             return
         # A failed simulation may fail again as it is closed; its error was told when it failed.
-        with contextlib.suppress(*_failures()):
+        with contextlib.suppress(*self._errors):
             sumo.close()
 
     def run(self, seconds: float, command: Command | None = None) -> Tally:
@@ -215,7 +219,7 @@ class Simulation:
             braking, fumes = self.sumo.vehicle.getAcceleration, self.sumo.edge.getCO2Emission
             tally.hard = sum(braking(v) < HARD for v in self.seen.ids)
             tally.co2 = sum(map(fumes, self._edges)) * seconds / 1000
-        except _failures() as e:
+        except self._errors as e:
             self.close()
             raise LacerError(f"the SUMO simulation failed at {self.now:.1f} s: {e}; reset() starts a new one") from e
         # Every vehicle drove from where it was, or entered, to where it is, or to the exit.
@@ -272,7 +276,7 @@ class Simulation:
                 at = self.road.stretches[incident.stretch]
                 try:
                     sumo.vehicle.setStop(v, at.name, incident.position, incident.lane + at.offset, 1e6)
-                except _failures():  # it cannot stop there any more
+                except self._errors:  # it cannot stop there any more
                     continue
                 self.broken = v
                 return
@@ -314,17 +318,20 @@ class Simulation:
             ids.extend(here)
             edge.extend([e] * len(here))
             lane.extend([k] * len(here))
-        return self._snapshot(ids, edge, lane, [vehicle.getLanePosition(v) for v in ids],
-                              [vehicle.getSpeed(v) for v in ids])
+        return self._snapshot(ids, edge, lane, list(map(vehicle.getLanePosition, ids)),
+                              list(map(vehicle.getSpeed, ids)))
 
     def _snapshot(
         self, ids: list[str], edge: list[int], lane: list[int], position: list[float], speed: list[float]
     ) -> Snapshot:
         edges, positions = np.array(edge, int), np.array(position, float)
+        names = np.frombuffer("".join([v[:2] for v in ids]).encode(), np.uint8).reshape(-1, 2)
+        broken = np.zeros(len(ids), bool)
+        if self.broken in ids:
+            broken[ids.index(self.broken)] = True
         return Snapshot(
             ids, edges, np.array(lane, int), positions, positions + self._starts[edges], np.array(speed, float),
-            np.array([v[0] == "c" for v in ids], bool), np.array([v[1] == "r" for v in ids], bool),
-            np.array([v == self.broken for v in ids], bool),
+            names[:, 0] == ord("c"), names[:, 1] == ord("r"), broken,
         )
 
 
