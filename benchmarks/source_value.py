@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,33 +85,52 @@ def train(condition: str, seed: int, steps: int, episodes: int) -> dict[str, Any
             "steps_per_second": result.cost.steps_per_second}
 
 
-def play(env: MixedTrafficEnv, action: np.ndarray | None, first: int, episodes: int) -> dict[str, Any]:
-    """Episodes under a constant action; None is random ones."""
+Policy = Callable[[dict[str, float]], np.ndarray]
+"""Privileged state to action."""
+
+
+def play(env: MixedTrafficEnv, policy: Policy, first: int, episodes: int) -> dict[str, Any]:
+    """Episodes under a scripted policy."""
     out: dict[str, Any] = {"returns": [], "speeds": []}
-    rng, shape = np.random.default_rng(first), env.action_space.shape
     for seed in range(first, first + episodes):
-        env.reset(seed=seed)
+        _, info = env.reset(seed=seed)
         total, done = 0.0, False
         while not done:
-            _, reward, _, done, info = env.step(rng.uniform(-1, 1, shape) if action is None else action)
+            _, reward, _, done, info = env.step(policy(info["state"]))
             total += reward
         out["returns"].append(total)
         out["speeds"].append(info["metrics"]["average_speed"])
     return out
 
 
-def controls(episodes: int) -> dict[str, Any]:
-    """No control, random actions, and the constant speed advice that is best on other episodes."""
-    env = make("lacer/MixedTraffic-v0", **SCENE).unwrapped
+def controls(episodes: int, scene: dict[str, Any]) -> dict[str, Any]:
+    """No control, random actions, the constant speed advice that is best on other episodes, and what knowing the lane
+    of the incident is worth: clearing it, and clearing another one."""
+    env = make("lacer/MixedTraffic-v0", **scene).unwrapped
     assert isinstance(env, MixedTrafficEnv)
-    free = np.zeros(env.action_space.shape or ())
-    advice = {}
-    for level in (0.25, 0.5, 0.75, 1.0):
-        advice[level] = free.copy()
-        advice[level][:env.road.segments] = -level
-    chosen = max(advice, key=lambda a: np.mean(play(env, advice[a], CHOICE_SEED, episodes)["speeds"]))
-    out = {name: play(env, action, EVAL_SEED, episodes) for name, action in
-           (("no control", free), ("random", None), (f"constant advice {-chosen}", advice[chosen]))}
+    segments, lanes, shape = env.road.segments, env.road.lanes, env.action_space.shape or ()
+    rng = np.random.default_rng(0)
+
+    def advice(level: float) -> Policy:
+        action = np.zeros(shape)
+        action[:segments] = -level
+        return lambda state: action
+
+    def clear(shift: int) -> Policy:
+        def act(state: dict[str, float]) -> np.ndarray:
+            action = np.zeros(shape)
+            for k in range(lanes):
+                if state[f"incident_lane_{k}"]:
+                    action[segments + (k + shift) % lanes] = 1.0
+            action[-1] = state["ramp_order"] < 0
+            return action
+        return act
+
+    best = max((0.25, 0.5, 0.75, 1.0),
+               key=lambda level: np.mean(play(env, advice(level), CHOICE_SEED, episodes)["speeds"]))
+    policies = {"no control": advice(0.0), "random": lambda state: rng.uniform(-1, 1, shape),
+                f"constant advice {-best}": advice(best), "lane and orders known": clear(0), "a wrong lane": clear(1)}
+    out = {name: play(env, policy, EVAL_SEED, episodes) for name, policy in policies.items()}
     env.close()
     return out
 
@@ -126,14 +146,28 @@ def interval(difference: np.ndarray) -> tuple[float, float, float]:
     return float(difference.mean()), float(low), float(high)
 
 
+def compare(played: dict[str, Any]) -> dict[str, Any]:
+    """Print scripted policies against no control, on the same episodes; the same as JSON."""
+    out: dict[str, Any] = {}
+    print("scripted                 return  speed, m/s  against no control: return, speed [95 % interval]")
+    for name, x in played.items():
+        gain = {k: interval(np.array([x[k]]) - np.array([played["no control"][k]])) for k in ("returns", "speeds")}
+        out[name] = {"return": round(float(np.mean(x["returns"])), 2), "speed": round(float(np.mean(x["speeds"])), 2),
+                     "gain": {k: [round(a, 2) for a in v] for k, v in gain.items()}}
+        r, v = gain["returns"], gain["speeds"]
+        print(f"{name:24} {out[name]['return']:+.2f}  {out[name]['speed']:.2f}  "
+              f"{r[0]:+.2f} [{r[1]:+.2f}, {r[2]:+.2f}]  {v[0]:+.2f} [{v[1]:+.2f}, {v[2]:+.2f}]")
+    return out
+
+
 def report(rows: list[dict[str, Any]], others: dict[str, Any], seeds: list[int]) -> dict[str, Any]:
     """Print the tables; what they say, as JSON."""
+    out: dict[str, Any] = {"controls": compare(others), "value": {}, "gain": {}}
     table = {(r["condition"], r["seed"]): r for r in rows}
 
     def values(condition: str, key: str, which: list[int]) -> np.ndarray:
         return np.array([table[condition, s][key] for s in which])
 
-    out: dict[str, Any] = {"value": {}, "gain": {}}
     print("source       loss of return [95 % interval]     loss of speed, m/s")
     for name in CARRIERS:
         both = [s for s in seeds if ("all", s) in table and (name, s) in table]
@@ -149,8 +183,7 @@ def report(rows: list[dict[str, Any]], others: dict[str, Any], seeds: list[int])
         print("PPO with all sources against     return                       speed, m/s")
         for name, x in others.items():
             gain = {key: interval(values("all", key, trained) - np.array(x[key])) for key in ("returns", "speeds")}
-            out["gain"][name] = {"speed": round(float(np.mean(x["speeds"])), 2),
-                                 **{k: [round(a, 3) for a in v] for k, v in gain.items()}}
+            out["gain"][name] = {k: [round(a, 3) for a in v] for k, v in gain.items()}
             r, v = gain["returns"], gain["speeds"]
             print(f"{name:24} {r[0]:+.2f} [{r[1]:+.2f}, {r[2]:+.2f}]   {v[0]:+.2f} [{v[1]:+.2f}, {v[2]:+.2f}]")
         out["speed"] = [round(float(x), 2) for x in values("all", "speeds", trained).mean(1)]
@@ -166,7 +199,12 @@ def main() -> None:
     parser.add_argument("--conditions", nargs="+", choices=["all", *CARRIERS], default=["all", *CARRIERS])
     parser.add_argument("--steps", type=int, default=12_288)
     parser.add_argument("--episodes", type=int, default=60)
+    parser.add_argument("--controls", choices=("small", "full"), help="only play the scripted controls, on this scene")
     args = parser.parse_args()
+    if args.controls:
+        print(json.dumps({"benchmark": "controls", "scene": args.controls, "episodes": args.episodes,
+                          **compare(controls(args.episodes, {"scene": args.controls}))}))
+        return
     rows = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
     rows = [r for r in rows if r["steps"] == args.steps and len(r["returns"]) == args.episodes]
     done = {(r["condition"], r["seed"]) for r in rows}
@@ -181,7 +219,7 @@ def main() -> None:
                 f.write(json.dumps(row) + "\n")
             print(f"seed {seed} {condition:12} return {np.mean(row['returns']):+.2f} "
                   f"speed {np.mean(row['speeds']):.2f} in {time.monotonic() - start:.0f} s", flush=True)
-    result = report(rows, controls(args.episodes), args.seeds)
+    result = report(rows, controls(args.episodes, SCENE), args.seeds)
     print(json.dumps({"benchmark": "source_value", "steps": args.steps, "episodes": args.episodes, **result}))
 
 
