@@ -31,11 +31,12 @@ from lacer.envs.traffic.demand import CARRIERS
 from lacer.envs.traffic.mixed import MixedTrafficEnv
 
 SCENE: dict[str, Any] = {
-    "scene": "small", "lanes": 2, "main_flow": [800, 1200], "control_interval": 6, "horizon": 120, "warm_up": 40,
+    "scene": "small", "lanes": 2, "main_flow": [800, 1200], "ramp_flow": [60, 200], "control_interval": 6,
+    "horizon": 120, "warm_up": 40, "order_weights": [0.4, 0, 0.3, 0.3], "order_weight": 0.3,
     "news": {"instruction": 1, "camera": 2, "traffic": 3, "history": 2, "sequence": 2},
-    "order_weights": [0.2, 0, 0.4, 0.4],
 }
-"""Two lanes and little traffic, so that a step is cheap and what an action does is seen at once."""
+"""Two lanes and little traffic, so that a step is cheap and what an action does is seen at once; few vehicles on the
+ramp, so that obeying the dispatcher costs little speed."""
 ENCODER: dict[str, Any] = {
     "sources": {
         "traffic": {"block": "mlp", "width": 64, "depth": 1},
