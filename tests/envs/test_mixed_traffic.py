@@ -254,7 +254,7 @@ def test_a_window_needs_a_display(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(LacerError, match="rgb_array"):
         env.reset(seed=1)
     with pytest.raises(LacerError, match="did you mean 'human'"):
-        make(render_mode="humann")
+        MixedTrafficEnv(render_mode="humann")
 
 
 @pytest.mark.parametrize("action", [np.zeros(3), np.full(7, np.nan), np.full(7, np.inf), "left"])
