@@ -294,6 +294,7 @@ def test_mujoco_camera_or_a_word_on_what_is_missing() -> None:
     assert got["sources"] == ["position", "velocity", "camera"]
 
 
+@pytest.mark.slow
 @needs("mujoco")
 def test_mujoco_without_a_way_to_render() -> None:
     assert "MuJoCo cannot render here" in camera(MUJOCO_GL="glfw")["error"]

@@ -115,6 +115,7 @@ def test_ways_to_make_it(installed: Path, code: str) -> None:
     assert done.stdout == "['frogs', 'song', 'water', 'water_history'] pond/Frogs-v0\n", done.stderr
 
 
+@pytest.mark.slow
 def test_users_inherit_the_conformance_tests(installed: Path, tmp_path: Path) -> None:
     (tmp_path / "test_frogs.py").write_text(CONFORMS)
     (tmp_path / "broken.py").write_text(BROKEN)

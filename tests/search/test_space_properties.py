@@ -16,7 +16,6 @@ from lacer.agents.vec import encode_batch
 from lacer.encoders import EncoderSpec, TextTable, build
 from lacer.envs import TaskCard, list_envs, task_card
 from lacer.search.space import CONDITION, UNUSED, EncoderSpace, SearchSpace, load_space
-from tests.search.test_space import paper_card
 
 torch.set_num_threads(1)  # small networks: more threads only wait for each other
 
@@ -25,8 +24,9 @@ ENVS: dict[str, dict[str, Any]] = {
 }
 """Constructor arguments with which an environment shows all it has."""
 NAMES = [e for e in list_envs() if e.startswith("lacer/")]  # those of other tests are odd on purpose
-PAPER = "the task of arXiv 2512.06982"  # no shipped environment has just its three sources
-CASES = [*((env, space) for env in NAMES for space in ("full", "minigrid", "quick")), (PAPER, "paper")]
+PRESETS = {"lacer/KnownSources-v0": ("full", "minigrid", "quick"), "lacer/MixedTraffic-v0": ("full", "quick"),
+           "lacer/MixedTrafficPaper-v0": ("paper",)}
+CASES = [(env, space) for env in NAMES for space in PRESETS.get(env, ("full",))]
 seeds = st.integers(0, 2**32 - 1)
 few = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 many = settings(few, max_examples=60)
@@ -34,7 +34,7 @@ many = settings(few, max_examples=60)
 
 @cache
 def card(env: str) -> TaskCard:
-    return paper_card() if env == PAPER else task_card(env, **ENVS.get(env, {}))
+    return task_card(env, **ENVS.get(env, {}))
 
 
 @cache
