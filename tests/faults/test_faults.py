@@ -5,6 +5,7 @@ Run with ``make test-faults``; the number of kills is LACER_KILLS (200). Needs L
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import shutil
@@ -19,6 +20,7 @@ import optuna
 import pytest
 import yaml
 
+from lacer.search.cli import main
 from tests.search.conftest import Lacer, Start
 from tests.search.test_search import children, gone
 
@@ -56,42 +58,87 @@ def finished(folder: Path) -> dict[int, tuple[str, float]]:
     return {t.number: (t.user_attrs["ncode"], t.value) for t in study.trials if t.state.name == "COMPLETE"}
 
 
-def test_kill_9_at_random_moments(fast: Path, start: Start, lacer: Lacer, tmp_path: Path) -> None:
-    """Every finished evaluation is there exactly once, the study opens, the result is that of a search in peace."""
+class Forked:
+    """``lacer ARGS`` in a fork of this process, which has imported everything: a session starts at once."""
+
+    def __init__(self, *args: object) -> None:
+        self.process = multiprocessing.get_context("fork").Process(target=self._main, args=(list(map(str, args)),))
+        self.process.start()
+        assert self.process.pid is not None
+        self.pid = self.process.pid
+
+    @staticmethod
+    def _main(args: list[str]) -> None:
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), 1)
+            os.dup2(nothing.fileno(), 2)
+        main(args)
+
+    def ended(self, seconds: float) -> bool:
+        """Whether it ended by itself in that time."""
+        self.process.join(seconds)
+        assert self.process.exitcode in (None, 0)
+        return self.process.exitcode == 0
+
+
+class Started:
+    """``lacer ARGS`` as a user starts it, with worker processes."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process, self.pid = process, process.pid
+
+    def ended(self, seconds: float) -> bool:
+        """Whether it ended by itself in that time."""
+        try:
+            _, err = self.process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        assert self.process.returncode == 0, err
+        return True
+
+
+@pytest.mark.parametrize("executor", ["process", "inprocess"])
+def test_kill_9_at_random_moments(executor: str, fast: Path, start: Start, tmp_path: Path) -> None:
+    """Every finished evaluation is there exactly once, the study opens, the result is that of a search in peace.
+
+    A tenth of the kills hit drivers with worker processes, the others drivers that do all by themselves.
+    """
+    def session(*args: object) -> Forked | Started:
+        if executor == "process":
+            return Started(start("search", *args, "--executor", executor))
+        return Forked("search", *args, "--executor", executor)
+
     rng, kills, rounds, during = random.Random(0), 0, 0, []
-    while kills < KILLS:
+    wanted = max(1, KILLS // 10) if executor == "process" else KILLS - KILLS // 10
+    while kills < wanted:
         rounds += 1
         quiet = tmp_path / f"quiet{rounds}"
         begin = time.monotonic()
-        done = lacer("search", "--config", fast, "--seed", rounds, "--out", quiet, timeout=600)
-        assert done.returncode == 0, done.stderr
+        assert session("--config", fast, "--seed", rounds, "--out", quiet).ended(600)
         whole = time.monotonic() - begin
         folder = tmp_path / f"run{rounds}"
         kept: dict[int, tuple[str, float]] = {}
-        ended = False
-        while not ended:
-            fresh = not folder.exists()
-            args = ["--config", fast, "--seed", rounds, "--out", folder] if fresh else ["--resume", folder]
-            process = start("search", *args)
-            try:  # moments from before its first import to after its end
-                process.communicate(timeout=rng.uniform(0, 1.1 * whole) if kills < KILLS else 600)
-                assert process.returncode == 0, process.communicate()
-                ended = True
-            except subprocess.TimeoutExpired:
-                family = children(process.pid)
-                process.kill()
-                process.communicate()
-                assert gone(family, 30), "nothing is left of it"
-                kills += 1
-                now = finished(folder)
-                assert {n: now.get(n) for n in kept} == kept, "what was finished is still there, and the same"
-                during.append(len(now))
-                kept = now
+        while True:
+            args = ["--resume", folder] if folder.exists() else [
+                "--config", fast, "--seed", rounds, "--out", folder]
+            process = session(*args)
+            # From before the first import to the end; short times more often, so that a search is hit many times.
+            moment = whole * (0.9 if executor == "process" else 0.35) * rng.random() ** 2
+            if process.ended(moment if kills < wanted else 600):
+                break
+            family = children(process.pid)
+            os.kill(process.pid, signal.SIGKILL)
+            assert gone([process.pid, *family], 30), "nothing is left of it"
+            kills += 1
+            now = finished(folder)
+            assert {n: now.get(n) for n in kept} == kept, "what was finished is still there, and the same"
+            during.append(len(now))
+            kept = now
         assert result(folder) == result(quiet)
         assert (folder / "best" / "policy.safetensors").read_bytes() == (
             quiet / "best" / "policy.safetensors").read_bytes()
-    print(f"{kills} kills in {rounds} searches; finished candidates at the kill: {sorted(during)}")
-    if KILLS >= 50:
+    print(f"{executor}: {kills} kills in {rounds} searches; candidates finished at the kill: {sorted(during)}")
+    if wanted >= 20:
         assert len(set(during)) > 5, "the moments were spread over the whole search"
 
 
