@@ -356,8 +356,9 @@ def _connect(options: list[str], client: Client) -> Any:
     program = shutil.which(name, path=str(home / "bin")) or name
     window = ["--start", "true", "--quit-on-end", "true", "--delay", "50"] if client == "gui" else []
     label = f"lacer-{next(_labels)}"
+    failures: tuple[type[BaseException], ...] = (*_failures(), SystemExit)
     try:
         traci.start([program, *options, *window], label=label, numRetries=20, stdout=subprocess.DEVNULL)
-    except (*_failures(), SystemExit) as e:
+    except failures as e:
         raise LacerError(f"{name} did not start: {e}") from e
     return traci.getConnection(label)
