@@ -302,14 +302,18 @@ def test_two_drivers_on_one_run(tiny: Path, start: Start, lacer: Lacer, tmp_path
         process.communicate(timeout=30)
 
 
-def test_a_failing_candidate_is_a_result(tmp_path: Path) -> None:
-    """A time-out that every run hits: the search ends, says so, and keeps the reasons."""
+def test_a_failing_candidate_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A time-out that every run hits: the search ends, says so, and keeps the reasons, but no key."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
     result = search(out=tmp_path / "run", quiet=True, wandb="off", **{
         **TINY, "candidates": 3, "timeout": 1.0, "protocol": {**TINY["protocol"], "steps": 1_000_000}})
     assert [t.status for t in result.outcome.trials] == ["failed"] * 3
     assert {t.reason for t in result.outcome.trials} == {"time-out"}
     assert result.outcome.winner is None
     assert result.report.exists()
+    for path in (tmp_path / "run").rglob("*"):
+        assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
 
 
 def test_an_llm_over_http(tiny: Path, lacer: Lacer, tmp_path: Path) -> None:
