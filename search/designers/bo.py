@@ -12,7 +12,7 @@ from scipy.linalg import cho_factor, cho_solve, solve_triangular
 from scipy.optimize import minimize
 from scipy.special import ndtr, ndtri
 
-from lacer.search.designers.base import Designer, fresh_sample, register_designer, unseen
+from lacer.search.designers.base import Designer, fresh_sample, register_designer
 from lacer.search.space import Point, SearchSpace
 from lacer.search.study import Proposal, Study
 
@@ -20,7 +20,7 @@ Array = NDArray[np.float64]
 
 ENUMERATE = 20_000
 """Spaces of at most so many points are scored whole."""
-POOL = 2_000
+POOL = 1_000
 """Candidates that are scored in larger spaces: random ones and neighbours of the best."""
 
 
@@ -28,14 +28,13 @@ POOL = 2_000
 class BO(Designer):
     """Bayesian optimisation: a Gaussian process over decisions, the largest expected improvement
 
-    The classical bar of neural architecture search (Jones et al. 1998; White et al. 2021, 1910.11858, whose
-    ablation finds simple encodings enough). Kernel: a product of exponentials over decisions, each with a length scale of
-    its own (ARD Hamming; a decision that is not asked is an option too), plus one on how often each option occurs in
-    all decisions that share the same options. Noise, amplitudes and length scales maximise the posterior given the data.
-    Scores are mapped to normal quantiles by rank, so that a few terrible encoders do not stretch the scale.
-    Expected improvement is over the best posterior mean so far, because a score with noise is no bar. Running trials, and
-    the others of a batch, count with their predicted score (fantasies; Ginsbourger et al. 2010), failed ones with
-    the worst.
+    The classical bar of neural architecture search (Jones et al. 1998; White et al. 2021, 1910.11858). Kernel: a
+    product of exponentials over decisions, each with a length scale of its own (ARD Hamming; a decision that is not
+    asked is an option too), plus one on how often each option occurs in all decisions that share the same options.
+    Noise, amplitudes and length scales maximise the posterior given the data. Scores are mapped to normal quantiles by
+    rank, so that a few terrible encoders do not stretch the scale. Expected improvement is over the best posterior mean
+    so far, because a score with noise is no bar. Running trials, and the others of a batch, count with their predicted
+    score (fantasies; Ginsbourger et al. 2010), failed ones with the worst.
 
     Args:
         seed: seed of start, pool and ties.
@@ -112,7 +111,8 @@ class BO(Designer):
             if rng.random() < 0.3:
                 point = study.space.mutate(point, rng)
             pool.setdefault(study.space.to_ncode(point), point)
-        return [p for p in pool.values() if unseen(study, batch, p)]
+        taken = {study.space.to_ncode(p.point) for p in batch if p.point is not None}
+        return [p for code, p in pool.items() if code not in taken and study.seen(code) is None]
 
 
 class _Coder:
