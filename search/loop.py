@@ -25,7 +25,7 @@ from lacer.agents import Agent, Evaluation, Protocol, RunRequest, load, versions
 from lacer.encoders import EncoderSpec
 from lacer.envs import LacerError, Objective, TaskCard, task_card
 from lacer.search.config import RESUMABLE, SearchConfig, expert_spec, memory_share, validate, worker_count
-from lacer.search.designers.base import Designer, designer_class
+from lacer.search.designers.base import Designer, designer_class, make_plain
 from lacer.search.engine import MAX_REJECTIONS, Budget, Engine, Listener
 from lacer.search.executors import Event, Executor, InProcess, ProcessPool
 from lacer.search.files import read_config, read_json, write_config, write_whole
@@ -115,7 +115,7 @@ def make_designer(name: str, config: SearchConfig, folder: Path) -> Designer:
     """A designer as configured. Raises LacerError if an LLM designer's key or model is missing."""
     cls = designer_class(name)
     if not cls.needs_llm:
-        return cls(config.seed)
+        return make_plain(name, config.seed)
     from lacer.search.llm.client import LLMConfig
 
     if not config.llm:

@@ -29,6 +29,8 @@ class Designer(ABC):
     name: ClassVar[str]
     needs_llm: ClassVar[bool] = False
     paper: ClassVar[str] = ""
+    variants: ClassVar[tuple[str, ...]] = ()
+    """Names by which ``NAME:VARIANT`` makes the designer with the argument ``variant``."""
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
@@ -92,11 +94,24 @@ def designers() -> dict[str, type[Designer]]:
 
 
 def designer_class(name: str) -> type[Designer]:
-    """The designer of that name. Raises UnknownNameError with the nearest one."""
+    """The designer of a name, ``NAME`` or ``NAME:VARIANT``. Raises UnknownNameError with the nearest one."""
     known = designers()
-    if name not in known:
-        raise UnknownNameError("designer", name, known)
-    return known[name]
+    family, _, variant = name.partition(":")
+    if family not in known or (variant and variant not in known[family].variants):
+        raise UnknownNameError("designer", name, designer_names())
+    return known[family]
 
 
-__all__ = ["Designer", "LacerError", "designer_class", "designers", "fresh_sample", "register_designer", "unseen"]
+def designer_names() -> list[str]:
+    """Names of all designers, those with variants by ``NAME:VARIANT``."""
+    return [n for name, cls in designers().items() for n in ([f"{name}:{v}" for v in cls.variants] or [name])]
+
+
+def make_plain(name: str, seed: int) -> Designer:
+    """A designer that needs no LLM. Raises UnknownNameError."""
+    cls, (_, _, variant) = designer_class(name), name.partition(":")
+    return cls(seed, variant=variant) if variant else cls(seed)  # type: ignore[call-arg]
+
+
+__all__ = ["Designer", "LacerError", "designer_class", "designer_names", "designers", "fresh_sample", "make_plain",
+           "register_designer", "unseen"]

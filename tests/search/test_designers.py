@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,9 @@ import pytest
 
 from lacer.agents import Evaluation
 from lacer.envs import LacerError, task_card
-from lacer.search.designers.base import Designer, designer_class, designers
+from lacer.search import Decision, SearchSpace
+from lacer.search.designers import bo
+from lacer.search.designers.base import Designer, designer_class, designer_names, designers, make_plain
 from lacer.search.designers.evolution import Evolution
 from lacer.search.space import EncoderSpace, Point
 from lacer.search.storage import sqlite_url
@@ -117,3 +121,84 @@ def test_evolution_mutates_one_decision() -> None:
         assert 1 <= len(changed) <= 2, "one, or two where the first child was in the study already"
         single += len(changed) == 1
     assert single >= 0.8 * len(children)
+
+
+# -- Bayesian optimisation and Optuna's samplers ------------------------------------------------------------------------
+
+TABLE = Path(__file__).parents[2] / "benchmarks" / "data" / "nasbench_macro.csv.gz"
+
+
+@pytest.fixture(scope="module")
+def table() -> dict[str, float]:
+    with gzip.open(TABLE, "rt") as f:
+        return {row["arch"]: float(row["mean_acc"]) for row in csv.DictReader(f)}
+
+
+def best_of(name: str, seed: int, scores: dict[str, float], n: int) -> float:
+    space = SearchSpace.from_table(scores)
+    study, designer = Study(space), make_plain(name, seed)
+    for _ in range(n):
+        [p] = designer.propose(study, 1)
+        assert p.point is not None
+        study.finish(study.start(p).number, Evaluation(objective=scores[space.to_string(p.point)]))
+    assert study.best is not None
+    return float(study.best.objective or 0.0)
+
+
+def test_bo_beats_random_on_a_table(table: dict[str, float]) -> None:
+    bo, random = ([best_of(name, seed, table, 30) for seed in range(4)] for name in ("bo", "random"))
+    assert np.mean(bo) > 93.0 > np.mean(random)
+    assert min(bo) > max(random)
+
+
+def test_the_gaussian_process_against_its_definition() -> None:
+    space = SearchSpace([Decision("a", (0, 1, 2)), Decision("b", (0, 1, 2)), Decision("c", ("x", "y"), ("a", 1))])
+    coder = bo._Coder(space)
+    assert len(coder.points) == space.size() == 12
+    codes, rng = coder.encode(coder.points), np.random.default_rng(0)
+    seen, y = codes[:7], rng.normal(size=7)
+    gp = bo.GP.fit(seen, y, coder)
+    a, b, noise, scale = np.exp(gp.log[:4])
+
+    def kernel(p: Point, q: Point) -> float:
+        names = ("a", "b", "c")
+        differ = sum(np.exp(gp.log[4 + i]) for i, n in enumerate(names) if p.get(n) != q.get(n))
+        counts = [np.array([(r["a"] == o) + (r["b"] == o) for o in (0, 1, 2)]) / 2 for r in (p, q)]
+        return float(a * np.exp(-differ) + b * np.exp(-scale * ((counts[0] - counts[1]) ** 2).sum()))
+
+    every = np.array([[kernel(p, q) for q in coder.points] for p in coder.points])
+    inverse = np.linalg.inv(every[:7, :7] + noise * np.eye(7))
+    mean, deviation = gp.predict(codes)
+    np.testing.assert_allclose(mean, every[:, :7] @ inverse @ y, atol=1e-8)
+    np.testing.assert_allclose(deviation ** 2, a + b - np.diag(every[:, :7] @ inverse @ every[:7]), atol=1e-8)
+    np.testing.assert_allclose(gp.mean_at_data(), mean[:7], atol=1e-8)
+    dense = gp.with_fantasy(codes[9:10])
+    assert dense.predict(codes[9:10])[1] < deviation[9]
+    np.testing.assert_allclose(dense.predict(codes)[0], mean, atol=1e-6)
+
+
+def test_expected_improvement_and_ranks() -> None:
+    rng = np.random.default_rng(0)
+    draws = rng.normal(0.3, 0.7, 2_000_000)
+    np.testing.assert_allclose(bo.expected_improvement(np.array([0.3]), np.array([0.7]), 0.5),
+                               np.maximum(draws - 0.5, 0).mean(), rtol=5e-3)
+    scores = bo.normal_scores(np.array([5.0, -1e9, 7.0, 5.0]))
+    assert scores[0] == scores[3]
+    assert scores[1] < scores[0] < scores[2]
+    assert abs(scores.sum()) < 0.5
+
+
+def test_names_with_variants() -> None:
+    assert isinstance(make_plain("optuna:NSGAIISampler", 3), Designer)
+    assert "optuna:TPESampler" in designer_names()
+    for wrong in ("optuna:TPESamplr", "optuna:NopeSampler", "bo:TPESampler"):
+        with pytest.raises(LacerError, match="unknown designer"):
+            designer_class(wrong)
+
+
+@pytest.mark.parametrize("name", [n for n in designer_names() if n.startswith("optuna:")])
+def test_optuna_samplers_resume_and_search(name: str, table: dict[str, float], tmp_path: Path) -> None:
+    whole = play(make_plain(name, 3), new_study(), 12)
+    url = sqlite_url(tmp_path / "study.db")
+    first = play(make_plain(name, 3), StoredStudy(url, "s", SPACE), 6)
+    assert first + play(make_plain(name, 3), StoredStudy(url, "s", SPACE), 6) == whole
