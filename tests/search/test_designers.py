@@ -123,7 +123,7 @@ def test_evolution_mutates_one_decision() -> None:
     assert single >= 0.8 * len(children)
 
 
-# -- Bayesian optimisation and Optuna's samplers ------------------------------------------------------------------------
+# -- Bayesian optimisation and Optuna's samplers ----------------------------------------------------------------------
 
 TABLE = Path(__file__).parents[2] / "benchmarks" / "data" / "nasbench_macro.csv.gz"
 
