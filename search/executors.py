@@ -113,9 +113,12 @@ def is_secret(name: str) -> bool:
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's environment for a child, without anything that looks like a secret."""
+    """This process's environment for a child, without anything that looks like a secret, one thread for each library
+    (``LACER_THREADS``, where a candidate may have more cores)."""
     env = {k: v for k, v in os.environ.items() if not is_secret(k)}
     env["PYTHONPATH"] = os.pathsep.join(p or os.getcwd() for p in sys.path)
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):  # else workers fight for the cores
+        env.setdefault(name, env.get("LACER_THREADS", "1"))
     return env
 
 
