@@ -96,6 +96,7 @@ def test_a_block_of_another_package_joins(installed: Path) -> None:
         assert text in done.stdout  # what `lacer blocks waves` prints
 
 
+@pytest.mark.slow
 def test_packages_that_clash_or_cannot_be_imported(tmp_path: Path) -> None:
     fake(tmp_path, "other_gru", """
 from typing import ClassVar, Literal

@@ -121,7 +121,8 @@ def test_no_seed_no_repetition() -> None:
     assert not np.array_equal(*first)
 
 
-@pytest.mark.parametrize(("method", "n"), [("fork", 2), ("forkserver", 1), ("spawn", 1)])
+@pytest.mark.parametrize(("method", "n"), [
+    ("fork", 2), ("forkserver", 1), pytest.param("spawn", 1, marks=pytest.mark.slow)])
 def test_a_process_each_where_one_is_needed(method: StartMethod, n: int) -> None:
     venv = make_vec(ALONE, n, {"horizon": 3}, seed=9, start_method=method)
     assert isinstance(venv, SubprocVecEnv)

@@ -267,6 +267,7 @@ def test_hostile_text_is_inert(tmp_path: Path) -> None:
     assert "boom" not in script[1]
 
 
+@pytest.mark.slow
 def test_two_hundred_candidates_stay_small(tmp_path: Path) -> None:
     outcome = make_outcome(200, failed=6, rejected=6, text="A long story. <\"'&> " * 5000)
     path = write_report(outcome, tmp_path / "report.html")
