@@ -32,11 +32,6 @@ register_env(
     "SUMO junction with lights, on sumo-rl; keep waiting short, favour whom the instruction names (4 sources)",
 )
 register_env(
-    "lacer/MixedTrafficPaper-v0",
-    "lacer.envs.traffic.paper:MixedTrafficPaperEnv",
-    "the motorway with the three sources of arXiv 2512.06982: time, traffic, sequence",
-)
-register_env(
     "lacer/KnownSources-v0",
     "lacer.envs.known_sources:KnownSourcesEnv",
     "synthetic, fast: the reward depends on known sources, the others are noise or copies (up to 7 sources)",

@@ -25,12 +25,6 @@ class Camera:
         self._rows = self._strip // (road.lanes + 1)
         self._lanes = road.lanes
         self._lengths = np.array([s.length for s in road.stretches])
-        self._scale = SIZE / self._lengths[1:]
-        self._lane_rows = strips * (self._lanes + 1) + 1  # the last one stays black, for what is left of the picture
-        high = np.arange(SIZE)
-        lane_of = high % self._strip // self._rows
-        self._row_of = np.where((high < strips * self._strip) & (lane_of <= self._lanes),
-                                high // self._strip * (self._lanes + 1) + lane_of, self._lane_rows - 1)
         self._ramp_shift = road.stretches[1].length - road.ramp_length
 
     def draw(
@@ -39,21 +33,22 @@ class Camera:
     ) -> np.ndarray:
         """Paint vehicles, all arrays of shape (n,): ``edge`` is the stretch (-1 for the ramp), ``lane`` the through
         lane (-1 for the acceleration lane), ``position`` of the front bumper (m), ``speed`` (m/s)."""
+        image = np.zeros((SIZE, SIZE, 3), np.uint8)
         ramp = edge < 0
-        strip = np.where(ramp, 0, edge - 1)
-        x1 = ((position + ramp * self._ramp_shift) * self._scale[strip]).astype(int)
-        seen = np.flatnonzero((strip >= 0) & (x1 >= 0))
-        strip, x1, broken = strip[seen], np.minimum(x1[seen], SIZE - 1), broken[seen]
-        wide = ((5.0 + 4.0 * broken) * self._scale[strip]).astype(int)
-        row = strip * (self._lanes + 1) + self._lanes - 1 - np.where(ramp, -1, lane)[seen]
-        colour = np.empty((len(seen), 1, 3), np.uint8)
-        colour[:, 0, 0] = np.where(broken, 255, BODY)
-        colour[:, 0, 1] = np.minimum(40 + speed[seen] * (215 / MAIN_LIMIT), 255)
-        colour[:, 0, 2] = cav[seen] * np.uint8(200)
-        back = np.minimum(np.arange(wide.max(initial=0) + 1), wide[:, None])
-        lanes = np.zeros((self._lane_rows, SIZE, 3), np.uint8)
-        lanes[row[:, None], np.maximum(x1[:, None] - back, 0)] = colour
-        return lanes[self._row_of]
+        strip = np.where(ramp, 1, edge) - 1
+        position = np.where(ramp, position + self._ramp_shift, position)
+        lane = np.where(ramp, -1, lane)
+        scale = SIZE / self._lengths[strip + 1]
+        x1 = (position * scale).astype(int)
+        x0 = np.minimum(((position - 5.0 - 4.0 * broken) * scale).astype(int), x1)
+        top = strip * self._strip + (self._lanes - 1 - lane) * self._rows
+        light = np.where(broken, 255, BODY)
+        pace = np.clip(40 + 215 * speed / MAIN_LIMIT, 0, 255).astype(int)
+        auto = np.where(cav, 200, 0)
+        seen = (strip >= 0) & (x1 >= 0)
+        for i in np.flatnonzero(seen):
+            image[top[i]:top[i] + self._rows, max(x0[i], 0):x1[i] + 1] = (light[i], pace[i], auto[i])
+        return image
 
     def where(self, stretch: int, lane: int, position: float) -> tuple[int, int]:
         """Row and column of a place on the main road."""
@@ -61,6 +56,7 @@ class Camera:
         return (stretch - 1) * self._strip + (self._lanes - 1 - lane) * self._rows, min(column, SIZE - 1)
 
 
-def fog(rng: np.random.Generator) -> np.ndarray:
-    """The picture on a foggy day: grey noise."""
-    return np.repeat(rng.integers(0, 60, (SIZE, SIZE, 1), dtype=np.uint8), 3, axis=2)
+def fog(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The picture on a foggy day: a twelfth of its contrast is left, under noise."""
+    noise = rng.integers(0, 60, image.shape[:2], dtype=np.uint8)[..., None]
+    return (image // 12 + noise).astype(np.uint8)

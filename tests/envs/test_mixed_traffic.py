@@ -18,7 +18,7 @@ import lacer.envs
 from lacer.envs import LacerError
 from lacer.envs.traffic import network, text
 from lacer.envs.traffic.camera import BODY
-from lacer.envs.traffic.demand import CARRIERS, Incident, Order, Trip
+from lacer.envs.traffic.demand import Incident, Order, Trip
 from lacer.envs.traffic.mixed import SCENES, MixedTrafficEnv
 
 SHORT: dict[str, Any] = {"scene": "small", "warm_up": 50.0, "horizon": 60.0}
@@ -80,10 +80,8 @@ def test_all_sources_in_their_spaces_and_names_kept(scene: str) -> None:
         assert all(isinstance(v, float) and np.isfinite(v) for v in i["state"].values())
     assert "metrics" not in infos[-2]
     metrics = infos[-1]["metrics"]
-    assert {card.objective.metric, "throughput", "travel_time", "hard_brakings", "collisions", "co2"} <= set(metrics)
+    assert {card.objective.metric, "throughput", "hard_brakings", "collisions"} <= set(metrics)
     assert 0 < metrics["average_speed"] < 30
-    assert metrics["travel_time"] > 0.9 * env.road.length / 36
-    assert 50 < metrics["co2"] < 500
     assert np.array_equal(card.noop, np.zeros(env.action_space.shape))
     env.close()
 
@@ -148,53 +146,27 @@ def test_actions_reach_the_vehicles() -> None:
     env.close()
 
 
-@pytest.mark.parametrize("source", CARRIERS)
-def test_only_the_source_that_has_the_news_tells_the_lane(source: str) -> None:
-    env = make(news={source: 1})
-    road, wrong = env.road, []
-    for seed in (2, 3, 4):
-        obs, _ = env.reset(seed=seed)
-        for _ in range(4):
-            obs, _, _, _, info = env.step(np.zeros(env.action_space.shape))
-        incident = env._episode.incident
-        assert incident is not None
-        assert info["state"]["incident_active"] == info["state"][f"incident_lane_{incident.lane}"] == 1.0
-        told = {
-            "instruction": text.lane_name(incident.lane, road.lanes) in obs["instruction"],
-            "camera": bool(obs["camera"].max() == 255),
-            "sequence": bool(obs["sequence"][:, 6].any()),
-        }
-        assert told.get(source, True)
-        assert not any(v for k, v in told.items() if k != source)
-        if source == "camera":
-            row, column = env._camera.where(incident.stretch, incident.lane, incident.position)
-            assert obs["camera"][row, column - 2:column + 1, 0].max() == 255
-            assert (obs["camera"][..., 0] > BODY).sum() < 30, "nothing else is as bright"
-        if source == "sequence":
-            row = obs["sequence"][:, 6].argmax()
-            assert obs["sequence"][row, 8 + incident.lane] == 1
-            assert obs["sequence"][row, 1] == pytest.approx(
-                (road.merge_end - road.starts[incident.stretch] - incident.position) / 500, abs=0.01)
-        else:
-            assert not obs["sequence"][:, 7:].any()
-        speeds = obs["traffic"][4 * (road.segments + 1):-2].reshape(road.segments, road.lanes, 2)[
-            incident.stretch - 1, :, 1]
-        counts = obs["history"][-4:, 3 * (road.segments + 1):][:, :road.lanes].sum(0)
-        wrong.append((int(speeds.argmin()) != incident.lane, int(counts.argmin()) != incident.lane))
-        assert (np.ptp(counts) == 0) == (source != "history")
-        assert (np.ptp(speeds) > 0.3 * speeds.mean()) == (source == "traffic")
-    assert source != "traffic" or not any(w[0] for w in wrong)
-    assert source != "history" or not any(w[1] for w in wrong)
-    env.close()
-
-
-def test_several_sources_can_tell() -> None:
-    env = make(news={"instruction+camera": 1}, horizon=20.0)
-    obs, info = env.reset(seed=2)
-    assert info["state"]["incident_active"]
-    assert "lane" in obs["instruction"]
-    assert obs["camera"].max() == 255
-    env.close()
+def test_incident_is_seen_by_the_camera_and_told_by_the_text() -> None:
+    camera, told = make(news_weights=(0, 1, 0)), make(news_weights=(1, 0, 0))
+    obs, _ = camera.reset(seed=2)
+    for _ in range(3):
+        obs, _, _, _, info = camera.step(np.zeros(camera.action_space.shape))
+    incident = camera._episode.incident
+    assert incident is not None
+    assert info["state"]["incident_active"] == info["state"][f"incident_lane_{incident.lane}"] == 1.0
+    row, column = camera._camera.where(incident.stretch, incident.lane, incident.position)
+    assert obs["camera"][row, column - 2:column + 1, 0].max() == 255
+    assert (obs["camera"][..., 0] > BODY).sum() < 30, "nothing else is as bright"
+    assert "lane" not in obs["instruction"]
+    camera.close()
+    obs, _ = told.reset(seed=2)
+    for _ in range(3):
+        obs, *_ = told.step(np.zeros(told.action_space.shape))
+    incident = told._episode.incident
+    assert incident is not None
+    assert text.lane_name(incident.lane, told.road.lanes) in obs["instruction"]
+    assert obs["camera"].max() < 100, "fog"
+    told.close()
 
 
 def test_a_second_simulation_is_refused_and_close_gives_the_place_back(env: MixedTrafficEnv) -> None:
@@ -235,9 +207,7 @@ def test_a_failed_simulation_is_reported_and_the_next_reset_works(env: MixedTraf
     ({"control_interval": 5}, "control_interval"), ({"horizon": 15}, "horizon"), ({"warm_up": -1}, "warm_up"),
     ({"incident_probability": 2}, "incident_probability"), ({"detector_noise": -0.1}, "detector_noise"),
     ({"history_length": 0}, "history_length"), ({"sequence_length": 0}, "sequence_length"),
-    ({"news": {"camera": 0}}, "news"), ({"news": {}}, "news"), ({"news": (1, 1)}, "news"),
-    ({"news": {"camra": 1}}, "did you mean 'camera'"), ({"safety_weight": -1}, "safety_weight"),
-    ({"client": "traci2"}, "did you mean 'traci'"), ({"order_weights": (1, 1)}, "order_weights"),
+    ({"news_weights": (0, 0, 0)}, "news_weights"), ({"order_weights": (1, 1)}, "order_weights"),
     ({"cav_share": float("nan")}, "cav_share"), ({"cav_share": "all"}, "cav_share"),
     ({"scene": "smal"}, "did you mean 'small'"), ({"wordings": "test"}, "wordings"),
     ({"lane": 3}, "lane"),
@@ -247,14 +217,9 @@ def test_impossible_arguments_are_named(kwargs: dict[str, Any], word: str) -> No
         make(**kwargs)
 
 
-def test_a_window_needs_a_display(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("DISPLAY", raising=False)
-    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
-    env = make(render_mode="human")
+def test_human_rendering_is_refused() -> None:
     with pytest.raises(LacerError, match="rgb_array"):
-        env.reset(seed=1)
-    with pytest.raises(LacerError, match="did you mean 'human'"):
-        MixedTrafficEnv(render_mode="humann")
+        MixedTrafficEnv(render_mode="human")
 
 
 @pytest.mark.parametrize("action", [np.zeros(3), np.full(7, np.nan), np.full(7, np.inf), "left"])

@@ -24,8 +24,7 @@ ENVS: dict[str, dict[str, Any]] = {
 }
 """Constructor arguments with which an environment shows all it has."""
 NAMES = [e for e in list_envs() if e.startswith("lacer/")]  # those of other tests are odd on purpose
-PRESETS = {"lacer/KnownSources-v0": ("full", "minigrid", "quick"), "lacer/MixedTraffic-v0": ("full", "quick"),
-           "lacer/MixedTrafficPaper-v0": ("paper",)}
+PRESETS = {"lacer/KnownSources-v0": ("full", "minigrid", "quick"), "lacer/MixedTraffic-v0": ("full", "quick")}
 CASES = [(env, space) for env in NAMES for space in PRESETS.get(env, ("full",))]
 seeds = st.integers(0, 2**32 - 1)
 few = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
