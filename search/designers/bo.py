@@ -178,7 +178,7 @@ class GP:
 
     @classmethod
     def fit(cls, codes: NDArray[np.int64], y: Array, coder: _Coder) -> GP:
-        """The parameters with the highest posterior density, found by L-BFGS from two starts."""
+        """The parameters with the highest posterior density, found by L-BFGS from the middle of the prior."""
         hot, histogram = coder.one_hot(codes), coder.histogram(codes)
         differ = (codes.T[:, :, None] != codes.T[:, None, :]).astype(float)
         far = _squared(histogram, histogram)

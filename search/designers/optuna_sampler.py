@@ -31,7 +31,7 @@ class OptunaSampler(Designer):
 
     Args:
         seed: seed of the sampler.
-        sampler: one of ``SAMPLERS``.
+        variant: one of ``SAMPLERS``.
 
     Raises:
         UnknownNameError: no such sampler.
