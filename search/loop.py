@@ -242,6 +242,22 @@ def _search(config: SearchConfig, folder: Path | None, quiet: bool, fresh: bool)
         raise LacerError(f"cannot write the run folder {folder}: {e.strerror or e}") from None
 
 
+def study_place(config: SearchConfig, folder: Path) -> tuple[str, str]:
+    """Storage URL and study name of a run folder. Raises LacerError if its study file is damaged."""
+    url = config.storage or sqlite_url(folder / "study.db")
+    if config.storage is None and (folder / "study.db").exists():
+        return url, study_names(url)[0]  # a renamed folder does not rename its study
+    return url, config.study_name or folder.name
+
+
+def store_config(config: SearchConfig, folder: Path, name: str, exclude: set[str] | None = None) -> None:
+    """Writes ``config.yaml``, without a password and without some fields. Raises OSError."""
+    stored = config.model_dump(mode="json", exclude=exclude)
+    if config.storage is not None:
+        stored |= {"storage": without_password(config.storage), "study_name": name}
+    write_config(folder / "config.yaml", stored)
+
+
 def _open_study(plan: Plan, folder: Path, fresh: bool) -> StoredStudy:
     """The study of a run folder, its other files written or checked.
 
@@ -249,9 +265,7 @@ def _open_study(plan: Plan, folder: Path, fresh: bool) -> StoredStudy:
         LacerError: it cannot be opened, made or read.
     """
     config = plan.config
-    url, name = config.storage or sqlite_url(folder / "study.db"), config.study_name or folder.name
-    if config.storage is None and (folder / "study.db").exists():
-        name = study_names(url)[0]  # a renamed folder does not rename its study
+    url, name = study_place(config, folder)
     # A run that was killed before its first trial has no study yet; a run with results must have it.
     begun = (folder / "events").is_dir()
     if begun and config.storage is None and not (folder / "study.db").exists():
@@ -260,10 +274,7 @@ def _open_study(plan: Plan, folder: Path, fresh: bool) -> StoredStudy:
         read_json(folder / "versions.json")
     else:
         write_whole(folder / "versions.json", json.dumps(_provenance(config), indent=1) + "\n")
-    stored = config.model_dump(mode="json")
-    if config.storage is not None:
-        stored |= {"storage": without_password(config.storage), "study_name": name}
-    write_config(folder / "config.yaml", stored)
+    store_config(config, folder, name)
     return StoredStudy(url, name, plan.space, create="no" if begun else "yes" if fresh else "if missing")
 
 

@@ -13,11 +13,17 @@ from lacer.envs import LacerError, Objective
 from lacer.search.config import SearchConfig, worker_count
 from lacer.search.engine import MAX_REJECTIONS, Budget, Engine, Listener
 from lacer.search.executors import InProcess
-from lacer.search.files import write_config
-from lacer.search.loop import make_designer, make_executor, only_driver, sigterm_as_interrupt
+from lacer.search.loop import (
+    make_designer,
+    make_executor,
+    only_driver,
+    sigterm_as_interrupt,
+    store_config,
+    study_place,
+)
 from lacer.search.progress import PointDisplay
 from lacer.search.space import Point, SearchSpace
-from lacer.search.storage import check_server, sqlite_url, study_names, without_password
+from lacer.search.storage import check_server
 from lacer.search.study import StoredStudy, Study, Trial
 
 Function = Callable[[Point], Any]
@@ -82,13 +88,8 @@ def search_points(space: SearchSpace, function: Function, config: SearchConfig, 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with only_driver(folder), sigterm_as_interrupt():
-            url, name = config.storage or sqlite_url(folder / "study.db"), config.study_name or folder.name
-            if config.storage is None and (folder / "study.db").exists():
-                name = study_names(url)[0]
-            stored = config.model_dump(mode="json", exclude=_ELSEWHERE)
-            if config.storage is not None:
-                stored |= {"storage": without_password(config.storage), "study_name": name}
-            write_config(folder / "config.yaml", stored)
+            url, name = study_place(config, folder)
+            store_config(config, folder, name, _ELSEWHERE)
             study = StoredStudy(url, name, space, objective, create="if missing" if resume else "yes")
             try:
                 return _run(study, designer, function, config, folder, quiet)
