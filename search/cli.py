@@ -19,7 +19,7 @@ from pydantic_core import PydanticUndefined
 from rich.console import Console
 
 from lacer.envs import LacerError, did_you_mean, list_envs
-from lacer.search.config import SearchConfig, validate
+from lacer.search.config import COMMON, SearchConfig, TableConfig, resumed, validate
 from lacer.search.presets import read_yaml
 
 EXAMPLES = {
@@ -38,6 +38,10 @@ EXAMPLES = {
     "show": """examples:
   lacer show runs/R/best
   lacer show my_encoder.json --env lacer/KnownSources-v0 --out picture.svg""",
+    "bench make": """examples:
+  lacer bench make --config composite
+  lacer bench make --env lacer/KnownSources-v0 --encoders 100 --seeds 3 --protocol.steps 4000
+  lacer bench make --resume bench/20260101-120000-KnownSources-v0""",
     "envs": """examples:
   lacer envs
   lacer envs CartPole-v1
@@ -76,9 +80,11 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def _add_fields(parser: ArgumentParser, model: type[BaseModel], prefix: str = "") -> None:
+def _add_fields(parser: ArgumentParser, model: type[BaseModel], prefix: str = "", only: set[str] | None = None) -> None:
     """One option per field, nested models as ``--protocol.steps``; without a value it is left to config or default."""
     for name, f in model.model_fields.items():
+        if only is not None and name not in only:
+            continue
         kind: Any = f.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             _add_fields(parser, kind, f"{prefix}{name}.")
@@ -174,6 +180,16 @@ def _parser() -> _Parser:
     p = command("blocks", "list the blocks that encoders are made of, or explain one")
     p.add_argument("name", nargs="?", default=None, metavar="NAME", help="a block, e.g. gru or series:gru")
     command("designers", "list designers")
+
+    p = command("bench", "run designers over a table of measured architectures; `lacer bench make` measures one")
+    made = _Parser(prog="lacer bench make", usage="lacer bench make [options]", formatter_class=_HelpFormatter,
+                   description="train and evaluate many encoders and write one table", epilog=EXAMPLES["bench make"])
+    p.add_subcommands(required=False, dest="action").add_subcommand("make", made)
+    made.add_argument("--config", default=None, metavar="FILE", help="YAML file, or preset: composite")
+    made.add_argument("--out", default=None, metavar="FOLDER", help="run folder (default: bench/<date-time-env>)")
+    made.add_argument("--resume", default=None, metavar="FOLDER", help="go on with a folder")
+    made.add_argument("--quiet", action="store_true", help="print nothing but the result")
+    _add_fields(made, TableConfig, only=COMMON | {"encoders", "seeds"})
     return parser
 
 
@@ -186,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.path.append(os.getcwd())
     try:
         {"search": _search, "train": _train, "evaluate": _evaluate, "show": _show, "envs": _envs,
-         "blocks": _blocks, "designers": _designers}[args.command](args[args.command])
+         "blocks": _blocks, "designers": _designers, "bench": _bench}[args.command](args[args.command])
     except LacerError as e:
         fail(str(e))
     except KeyboardInterrupt:
@@ -326,6 +342,31 @@ def _designers(_: Namespace) -> None:
     from lacer.search.designers.base import designers
 
     _list({name: cls.summary() + (" (needs an LLM)" if cls.needs_llm else "") for name, cls in designers().items()})
+
+
+def _bench(a: Namespace) -> None:
+    if a.action == "make":
+        _bench_make(a.make)
+
+
+def _bench_make(a: Namespace) -> None:
+    from datetime import datetime
+
+    from lacer.search.composite_bench import make_table
+
+    given = _given(a, ("config", "out", "resume", "quiet"))
+    if a.resume is not None:
+        if a.config is not None or a.out is not None:
+            raise LacerError("--resume goes on with a folder and its own configuration: leave --config and --out out")
+        config, folder = resumed(Path(a.resume), given, TableConfig), Path(a.resume)
+    else:
+        base = read_yaml(a.config, "bench", "table's configuration") if a.config is not None else {}
+        if a.config is not None:
+            validate(base, a.config, TableConfig)
+        config = validate(_merge(base, given), "--", TableConfig)
+        name = config.env.split("/")[-1].split(":")[-1]
+        folder = Path(a.out) if a.out else Path("bench") / f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
+    print(make_table(config, folder, resume=a.resume is not None, quiet=a.quiet))
 
 
 if __name__ == "__main__":

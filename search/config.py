@@ -6,7 +6,7 @@ import contextlib
 import os
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lacer.agents.evaluation import Protocol
 from lacer.encoders.limits import Limits
 from lacer.envs import LacerError, TaskCard, did_you_mean
+from lacer.search.files import read_config
 
 if TYPE_CHECKING:
     from lacer.encoders import EncoderSpec
@@ -78,23 +79,55 @@ class SearchConfig(BaseModel):
     wandb_project: str = Field("lacer", description="Weights & Biases project")
 
 
+COMMON = {"env", "env_kwargs", "eval_env_kwargs", "seed", "workers", "protocol", "timeout", "memory", "executor",
+          "ray_address", "cpus_per_candidate", "gpus_per_candidate", "storage", "study_name", "space", "text_model"}
+"""Fields of a search's configuration that a table has too."""
+
+
+class TableConfig(SearchConfig):
+    """What a table depends on: the fields of a search in ``COMMON``, and these."""
+
+    encoders: int = Field(0, ge=0, description="encoders to measure, drawn with the seed; 0: the whole space")
+    seeds: int = Field(3, ge=1, description="training seeds per encoder")
+
+
+Config = TypeVar("Config", bound=SearchConfig)
+
 RESUMABLE = {"candidates", "workers", "timeout", "memory", "max_env_steps", "max_seconds", "max_tokens", "executor",
              "ray_address", "cpus_per_candidate", "gpus_per_candidate", "storage", "ahead", "llm", "llm_base_url",
              "llm_temperature", "llm_timeout", "batch", "wandb", "wandb_project"}
 """Fields that may be changed when a search is resumed; results before and after stay comparable."""
 
 
-def validate(data: dict[str, Any], where: str) -> SearchConfig:
-    """Checks plain data.
+def validate(data: dict[str, Any], where: str, model: type[Config] = SearchConfig) -> Config:  # type: ignore[assignment]
+    """Checks plain data against a configuration.
 
     Raises:
         LacerError: names ``where`` (a file; ``--`` for options), the key, what is wrong, and for unknown keys the
             nearest right one.
     """
     try:
-        return SearchConfig.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as e:
-        raise LacerError("\n".join(_explain(SearchConfig, err, where) for err in e.errors()[:5])) from None
+        raise LacerError("\n".join(_explain(model, err, where) for err in e.errors()[:5])) from None
+
+
+def resumed(folder: Path, changes: dict[str, Any], model: type[Config] = SearchConfig) -> Config:  # type: ignore[assignment]
+    """Configuration of a run folder with some fields changed.
+
+    Raises:
+        LacerError: no run there, a damaged one, or a change that would make the trials incomparable.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise LacerError(f"{folder} is no run: it has no {'config.yaml' if folder.is_dir() else 'such folder'}")
+    old = read_config(folder / "config.yaml")
+    fixed = {"workers"} if old.get("deterministic") else set()
+    for key, value in changes.items():
+        if key not in RESUMABLE - fixed and key in old and old[key] != value:
+            free = ", ".join(sorted(RESUMABLE - fixed))
+            raise LacerError(f"{key} cannot change when a search is resumed ({old[key]!r} -> {value!r}); trials would "
+                             f"not be comparable. These can: {free}.")
+    return validate({**old, **changes}, str(folder / "config.yaml"), model)
 
 
 def _explain(model: type[BaseModel], err: Any, where: str) -> str:

@@ -24,11 +24,11 @@ import lacer.encoders
 from lacer.agents import Agent, Evaluation, Protocol, RunRequest, load, versions
 from lacer.encoders import EncoderSpec
 from lacer.envs import LacerError, Objective, TaskCard, task_card
-from lacer.search.config import RESUMABLE, SearchConfig, expert_spec, memory_share, validate, worker_count
+from lacer.search.config import SearchConfig, expert_spec, memory_share, resumed, validate, worker_count
 from lacer.search.designers.base import Designer, designer_class, make_plain
 from lacer.search.engine import MAX_REJECTIONS, Budget, Engine, Listener
 from lacer.search.executors import Event, Executor, InProcess, ProcessPool
-from lacer.search.files import read_config, read_json, write_config, write_whole
+from lacer.search.files import read_json, write_config, write_whole
 from lacer.search.outcome import EXPERT, NOOP, WINNER, Outcome
 from lacer.search.progress import Display, clock, result_line
 from lacer.search.space import EncoderSpace, Point, SearchSpace, load_space, read_space
@@ -194,24 +194,6 @@ def search(env: str | None = None, *, objective: Callable[[Point], Any] | None =
     return _search(validate(options, "search()"), None if out is None else Path(out), quiet, fresh=True)
 
 
-def resumed(folder: Path, changes: dict[str, Any]) -> SearchConfig:
-    """Configuration of a run folder with some fields changed.
-
-    Raises:
-        LacerError: no run there, a damaged one, or a change that would make the trials incomparable.
-    """
-    if not (folder / "config.yaml").is_file():
-        raise LacerError(f"{folder} is no run: it has no {'config.yaml' if folder.is_dir() else 'such folder'}")
-    old = read_config(folder / "config.yaml")
-    fixed = {"workers"} if old.get("deterministic") else set()
-    for key, value in changes.items():
-        if key not in RESUMABLE - fixed and key in old and old[key] != value:
-            free = ", ".join(sorted(RESUMABLE - fixed))
-            raise LacerError(f"{key} cannot change when a search is resumed ({old[key]!r} -> {value!r}); trials would "
-                             f"not be comparable. These can: {free}.")
-    return validate({**old, **changes}, str(folder / "config.yaml"))
-
-
 def _search(config: SearchConfig, folder: Path | None, quiet: bool, fresh: bool) -> SearchResult:
     if isinstance(config.space, str):  # its content is kept with the run: a file may change before the run is resumed
         config = config.model_copy(update={"space": read_space(config.space)})
@@ -273,7 +255,7 @@ def _open_study(plan: Plan, folder: Path, fresh: bool) -> StoredStudy:
     if (folder / "versions.json").exists():
         read_json(folder / "versions.json")
     else:
-        write_whole(folder / "versions.json", json.dumps(_provenance(config), indent=1) + "\n")
+        write_whole(folder / "versions.json", json.dumps(provenance(config), indent=1) + "\n")
     store_config(config, folder, name)
     return StoredStudy(url, name, plan.space, create="no" if begun else "yes" if fresh else "if missing")
 
@@ -305,7 +287,8 @@ def sigterm_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, old)
 
 
-def _provenance(config: SearchConfig) -> dict[str, Any]:
+def provenance(config: SearchConfig) -> dict[str, Any]:
+    """Versions, platform, git revision and seeds, as kept with every run."""
     git = subprocess.run(["git", "-C", str(Path(lacer.encoders.__file__).resolve().parent), "describe", "--always",
                           "--dirty", "--abbrev=12"], capture_output=True, text=True, check=False)
     return {"packages": versions(), "platform": platform.platform(), "git": git.stdout.strip() or None,
@@ -333,6 +316,14 @@ def make_executor(config: SearchConfig, log: Path, function: Callable[[Point], A
                            cpus=config.cpus_per_candidate, gpus=config.gpus_per_candidate)
     return ProcessPool(workers, log, config.timeout, config.memory or memory_share(workers),
                        calls=function is not None)
+
+
+def run_request(config: SearchConfig, spec: EncoderSpec | None, protocol: Protocol, seed: int,
+                save_to: Path | None = None) -> RunRequest:
+    """The PPO run of an encoder under a configuration; None: doing nothing."""
+    return RunRequest(env=config.env, env_kwargs=config.env_kwargs, eval_env_kwargs=config.eval_env_kwargs,
+                      encoder=None if spec is None else spec.to_dict(), protocol=protocol, seed=seed,
+                      text_model=config.text_model, save_to=None if save_to is None else str(save_to.resolve()))
 
 
 class _Driver(Listener):
@@ -424,10 +415,7 @@ class _Driver(Listener):
 
     def _request(self, spec: EncoderSpec | None, protocol: Protocol, seed: int,
                  save_to: Path | None = None) -> RunRequest:
-        c = self.config
-        return RunRequest(env=c.env, env_kwargs=c.env_kwargs, eval_env_kwargs=c.eval_env_kwargs,
-                          encoder=None if spec is None else spec.to_dict(), protocol=protocol, seed=seed,
-                          text_model=c.text_model, save_to=None if save_to is None else str(save_to.resolve()))
+        return run_request(self.config, spec, protocol, seed, save_to)
 
     def rejected(self, trial: Trial) -> None:
         self.display.say(f"        #{trial.number} rejected ({trial.proposal.designer}): {trial.reason[:160]}")

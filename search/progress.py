@@ -109,7 +109,7 @@ class Display:
 
 
 class PointDisplay:
-    """One bar for a search whose objective is a function.
+    """One bar, or where there is no terminal a line for every twentieth, for many short evaluations.
 
     Args:
         study: the search.
@@ -118,7 +118,8 @@ class PointDisplay:
 
     def __init__(self, study: Study, candidates: int, quiet: bool = False) -> None:
         console = Console(stderr=True, highlight=False)
-        self._study = study
+        self._study, self._of = study, candidates
+        self._console = None if quiet or console.is_terminal else console
         self._bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=24),
                              TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn(), console=console,
                              transient=True, disable=quiet or not console.is_terminal)
@@ -131,6 +132,11 @@ class PointDisplay:
         name = self._study.objective.metric.replace("_", " ")
         text = "" if best is None else f"best {name} {best.objective:.5g} (#{best.number})"
         self._bar.update(self._task, advance=1, description=text)
+        done = self._study.count("ok", "failed", "pruned")
+        if self._console is not None and done % max(1, self._of // 20) == 0:
+            task = self._bar.tasks[0]
+            left = f", about {clock(task.time_remaining)} left" if task.time_remaining else ""
+            self._console.print(f"{done}/{self._of} {text}{left}", markup=False, soft_wrap=True)
 
     def close(self) -> None:
         """Removes the bar."""
