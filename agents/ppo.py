@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
@@ -252,14 +251,6 @@ def evaluate(model: Any, card: TaskCard, table: TextTable, env_id: str, env_kwar
         for key, v in metrics.items():
             out.metrics.setdefault(key, []).append(v)
     return out
-
-
-def mean_interval(values: list[float], seed: int = 0) -> tuple[float, float, float, float]:
-    """Mean, interquartile mean, and the 95 % bootstrap interval of the mean (10,000 draws over episodes)."""
-    x = np.asarray(values, float)
-    draws = x[np.random.default_rng(seed).integers(len(x), size=(10_000, len(x)))].mean(1)
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return float(x.mean()), float(stats.trim_mean(x, 0.25)), float(low), float(high)
 
 
 @torch.no_grad()

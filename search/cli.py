@@ -19,7 +19,7 @@ from pydantic_core import PydanticUndefined
 from rich.console import Console
 
 from lacer.envs import LacerError, did_you_mean, list_envs
-from lacer.search.config import COMMON, SearchConfig, TableConfig, resumed, validate
+from lacer.search.config import COMMON, BenchConfig, SearchConfig, TableConfig, resumed, validate, validate_as
 from lacer.search.presets import read_yaml
 
 EXAMPLES = {
@@ -38,6 +38,12 @@ EXAMPLES = {
     "show": """examples:
   lacer show runs/R/best
   lacer show my_encoder.json --env lacer/KnownSources-v0 --out picture.svg""",
+    "bench": """examples:
+  lacer bench --table benchmarks/data/nasbench_macro.csv.gz --arch arch --score mean_acc \\
+              --designers random,evolution,optuna:TPESampler --budget 200 --seeds 200 --out bench/macro
+  lacer bench --table benchmarks/data/composite_bench.parquet --arch ncode --score objective --repeated
+  lacer bench --function mymodule:score --space mymodule:space --designers random,bo --budget 30
+  lacer bench make --config composite""",
     "bench make": """examples:
   lacer bench make --config composite
   lacer bench make --env lacer/KnownSources-v0 --encoders 100 --seeds 3 --protocol.steps 4000
@@ -184,6 +190,11 @@ def _parser() -> _Parser:
     p = command("bench", "run designers over a table of measured architectures; `lacer bench make` measures one")
     made = _Parser(prog="lacer bench make", usage="lacer bench make [options]", formatter_class=_HelpFormatter,
                    description="train and evaluate many encoders and write one table", epilog=EXAMPLES["bench make"])
+    p.add_argument("--out", default=None, metavar="FOLDER", help="folder to write; one that holds a part of the same "
+                   "comparison is gone on with (default: bench/<date-time-table>)")
+    p.add_argument("--quiet", action="store_true", help="no progress bar")
+    p.add_argument("--json", action="store_true", help="print the figures as JSON")
+    _add_fields(p, BenchConfig)
     p.add_subcommands(required=False, dest="action").add_subcommand("make", made)
     made.add_argument("--config", default=None, metavar="FILE", help="YAML file, or preset: composite")
     made.add_argument("--out", default=None, metavar="FOLDER", help="run folder (default: bench/<date-time-env>)")
@@ -275,7 +286,8 @@ def _train(a: Namespace) -> None:
 
 def _evaluate(a: Namespace) -> None:
     from lacer.agents import load
-    from lacer.agents.ppo import evaluate, mean_interval
+    from lacer.agents.ppo import evaluate
+    from lacer.agents.stats import mean_interval
 
     if a.episodes < 1:
         raise LacerError(f"--episodes must be at least 1, not {a.episodes}")
@@ -347,6 +359,17 @@ def _designers(_: Namespace) -> None:
 def _bench(a: Namespace) -> None:
     if a.action == "make":
         _bench_make(a.make)
+        return
+    from datetime import datetime
+
+    from lacer.search.bench import bench
+    from lacer.search.bench_report import figures, summary
+
+    config = validate_as(BenchConfig, _given(a, ("out", "quiet", "json", "action", "make")), "--")
+    name = Path(config.table or str(config.function).split(":")[-1]).name.split(".")[0]
+    folder = Path(a.out) if a.out else Path("bench") / f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
+    result = bench(config, folder, quiet=a.quiet or a.json)
+    print(json.dumps(figures(result)) if a.json else f"{summary(result)}\nAll of it: {folder}")
 
 
 def _bench_make(a: Namespace) -> None:
@@ -358,12 +381,12 @@ def _bench_make(a: Namespace) -> None:
     if a.resume is not None:
         if a.config is not None or a.out is not None:
             raise LacerError("--resume goes on with a folder and its own configuration: leave --config and --out out")
-        config, folder = resumed(Path(a.resume), given, TableConfig), Path(a.resume)
+        config, folder = resumed(TableConfig, Path(a.resume), given), Path(a.resume)
     else:
         base = read_yaml(a.config, "bench", "table's configuration") if a.config is not None else {}
         if a.config is not None:
-            validate(base, a.config, TableConfig)
-        config = validate(_merge(base, given), "--", TableConfig)
+            validate_as(TableConfig, base, a.config)
+        config = validate_as(TableConfig, _merge(base, given), "--")
         name = config.env.split("/")[-1].split(":")[-1]
         folder = Path(a.out) if a.out else Path("bench") / f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
     print(make_table(config, folder, resume=a.resume is not None, quiet=a.quiet))

@@ -30,12 +30,11 @@ from lacer.search.loop import (
     study_place,
 )
 from lacer.search.progress import PointDisplay
-from lacer.search.space import EncoderSpace, Point, SearchSpace, load_space, read_space
+from lacer.search.space import EncoderSpace, Point, load_space, read_space
 from lacer.search.storage import check_server
 from lacer.search.study import Proposal, StoredStudy, Study, Trial
+from lacer.search.tables import METADATA, arrow
 
-METADATA = b"lacer"
-"""Key of the Parquet file's metadata: protocol, search space and versions, as JSON."""
 
 class Sweep(Designer):
     """Proposes given points in turn, all of them once, then all of them again, and so on.
@@ -152,7 +151,7 @@ def write_table(study: Study, space: EncoderSpace, config: TableConfig, versions
     table = pa.Table.from_pydict({n: [r.get(n) for r in rows] for n in names})
     about = {"made_by": "lacer bench make", "task": {"env": config.env, "objective": asdict(study.objective)},
              "config": config.model_dump(mode="json", include=COMMON - {"storage"} | {"encoders", "seeds"}),
-             "decisions": decisions_to_json(space), "versions": versions}
+             "decisions": space.to_json(), "versions": versions}
     temporary = path.with_suffix(".tmp")
     parquet.write_table(table.replace_schema_metadata({METADATA: json.dumps(about).encode()}), temporary,
                         compression="zstd")
@@ -170,20 +169,3 @@ def row(trial: Trial) -> dict[str, Any]:
     return {"ncode": trial.ncode, "encoder": json.dumps(trial.spec.to_dict()), "seed": e.seed, "status": trial.status,
             "reason": e.reason, "objective": e.objective, "mean_return": e.mean_return, "returns": e.returns,
             "curve_steps": [s for s, _ in e.curve], "curve_returns": [r for _, r in e.curve], **probes, **cost}
-
-
-def decisions_to_json(space: SearchSpace) -> list[dict[str, Any]]:
-    """The decisions of a space as plain data."""
-    return [{"name": d.name, "options": list(d.options),
-             "condition": None if d.condition is None else [d.condition[0], list(d.asked_for)]}
-            for d in space.decisions]
-
-
-def arrow() -> tuple[Any, Any]:
-    """The modules ``pyarrow`` and ``pyarrow.parquet``. Raises LacerError with what to install."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise LacerError("Parquet files need pyarrow: pip install 'lacer[parquet]'") from None
-    return pyarrow, pyarrow.parquet

@@ -91,7 +91,41 @@ class TableConfig(SearchConfig):
     seeds: int = Field(3, ge=1, description="training seeds per encoder")
 
 
-Config = TypeVar("Config", bound=SearchConfig)
+class BenchConfig(BaseModel):
+    """What `lacer bench` runs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    table: str | None = Field(None, description="CSV (also .gz) or Parquet file of measured architectures")
+    arch: str = Field("arch", description="column of the architecture, one decision per character; ncode for a table "
+                                          "of `lacer bench make`; or several columns, A,B,C")
+    score: str = Field("score", description="column that guides the search")
+    test_score: str | None = Field(None, description="column that is reported; default: the guiding one")
+    where: dict[str, str] = Field({}, description='keep rows with these values, e.g. {"env": "cc_cartpole"}')
+    minimize: bool = Field(False, description="lower scores are better")
+    repeated: bool = Field(False, description="rows of one architecture are repeated measurements: a run draws one for "
+                                              "each architecture, their mean is reported")
+    variable_length: bool = Field(False, description="architectures may differ in length")
+    bins: int | None = Field(None, ge=2, description="cut numbers in the columns of --arch into so many bins")
+    rank: bool = Field(False, description="replace scores by their rank, 0 to 1, where they differ by orders of "
+                                          "magnitude")
+    function: str | None = Field(None, description="instead of a table: module:name of a function that takes a point "
+                                                   "(a dict) and returns its score")
+    space: str | None = Field(None, description="with --function: module:name of its SearchSpace")
+    designers: str = Field("random,evolution,bo", description="designers to compare, A,B,C; see `lacer designers`")
+    budget: int = Field(100, ge=1, description="evaluations of a run")
+    seeds: int = Field(20, ge=1, description="runs per designer")
+    seed: int = Field(0, ge=0, description="seed of the first run; the others follow")
+    checkpoints: str = Field("", description="evaluations at which designers are compared, e.g. 24,48,100; default: a "
+                                             "quarter, a half and all of the budget")
+    prune_seeds: bool = Field(False, description="every seed searches another random subspace of the table; scores are "
+                                                 "then normalised to it, 0 its mean and 1 its best")
+    workers: int = Field(0, ge=0, description="runs at once; 0: one per CPU core")
+    llm: str | None = Field(None, description="for designers with an LLM, as in `lacer search`")
+    llm_base_url: str | None = Field(None, description="URL of any OpenAI-compatible server")
+
+
+Config = TypeVar("Config", bound=BaseModel)
 
 RESUMABLE = {"candidates", "workers", "timeout", "memory", "max_env_steps", "max_seconds", "max_tokens", "executor",
              "ray_address", "cpus_per_candidate", "gpus_per_candidate", "storage", "ahead", "llm", "llm_base_url",
@@ -99,8 +133,13 @@ RESUMABLE = {"candidates", "workers", "timeout", "memory", "max_env_steps", "max
 """Fields that may be changed when a search is resumed; results before and after stay comparable."""
 
 
-def validate(data: dict[str, Any], where: str, model: type[Config] = SearchConfig) -> Config:  # type: ignore[assignment]
-    """Checks plain data against a configuration.
+def validate(data: dict[str, Any], where: str) -> SearchConfig:
+    """Checks plain data as the configuration of a search; see :func:`validate_as`."""
+    return validate_as(SearchConfig, data, where)
+
+
+def validate_as(model: type[Config], data: dict[str, Any], where: str) -> Config:
+    """Checks plain data as some configuration.
 
     Raises:
         LacerError: names ``where`` (a file; ``--`` for options), the key, what is wrong, and for unknown keys the
@@ -112,7 +151,7 @@ def validate(data: dict[str, Any], where: str, model: type[Config] = SearchConfi
         raise LacerError("\n".join(_explain(model, err, where) for err in e.errors()[:5])) from None
 
 
-def resumed(folder: Path, changes: dict[str, Any], model: type[Config] = SearchConfig) -> Config:  # type: ignore[assignment]
+def resumed(model: type[Config], folder: Path, changes: dict[str, Any]) -> Config:
     """Configuration of a run folder with some fields changed.
 
     Raises:
@@ -127,7 +166,7 @@ def resumed(folder: Path, changes: dict[str, Any], model: type[Config] = SearchC
             free = ", ".join(sorted(RESUMABLE - fixed))
             raise LacerError(f"{key} cannot change when a search is resumed ({old[key]!r} -> {value!r}); trials would "
                              f"not be comparable. These can: {free}.")
-    return validate({**old, **changes}, str(folder / "config.yaml"), model)
+    return validate_as(model, {**old, **changes}, str(folder / "config.yaml"))
 
 
 def _explain(model: type[BaseModel], err: Any, where: str) -> str:

@@ -182,7 +182,7 @@ def search(env: str | None = None, *, objective: Callable[[Point], Any] | None =
         space = options.pop("space", None)
         if not isinstance(space, SearchSpace):
             raise LacerError("objective= needs space=, a SearchSpace")
-        config = resumed(Path(resume), options) if resume is not None else validate(options, "search()")
+        config = resumed(SearchConfig, Path(resume), options) if resume is not None else validate(options, "search()")
         folder = resume if resume is not None else out
         return search_points(space, objective, config, set(options), objective=Objective(metric, "", direction),
                              folder=None if folder is None else Path(folder), resume=resume is not None, quiet=quiet)
@@ -190,7 +190,7 @@ def search(env: str | None = None, *, objective: Callable[[Point], Any] | None =
         raise LacerError("space= as a SearchSpace needs objective=, the function to search with; for an environment "
                          "give options by decision")
     if resume is not None:
-        return _search(resumed(Path(resume), options), Path(resume), quiet, fresh=False)
+        return _search(resumed(SearchConfig, Path(resume), options), Path(resume), quiet, fresh=False)
     return _search(validate(options, "search()"), None if out is None else Path(out), quiet, fresh=True)
 
 

@@ -251,6 +251,17 @@ class SearchSpace:
                 point[d.name] = d.options[int(part)]
         return self.check(point)
 
+    def to_json(self) -> list[dict[str, Any]]:
+        """The decisions as plain data; a constraint of a subclass is not among them."""
+        return [{"name": d.name, "options": list(d.options),
+                 "condition": None if d.condition is None else [d.condition[0], list(d.asked_for)]}
+                for d in self.decisions]
+
+    @staticmethod
+    def from_json(decisions: Iterable[Mapping[str, Any]]) -> SearchSpace:
+        """The space of decisions as :meth:`to_json` gives them. Raises LacerError."""
+        return SearchSpace([Decision(d["name"], tuple(d["options"]), None if d["condition"] is None else
+                                     (d["condition"][0], tuple(d["condition"][1]))) for d in decisions])
 
     @classmethod
     def from_table(cls, strings: Iterable[str]) -> TableSpace:

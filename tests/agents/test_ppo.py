@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lacer.agents import Evaluation, PPOConfig, Protocol, RunRequest, load, run
-from lacer.agents.ppo import evaluate, mean_interval
+from lacer.agents.ppo import evaluate
+from lacer.agents.stats import mean_interval
 from lacer.agents.vec import encode_batch, encoder_space
 from lacer.encoders import EncoderSpec, TextTable
 from lacer.envs import LacerError, make, task_card
