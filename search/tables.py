@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,7 +34,8 @@ class ListedSpace(SearchSpace):
     def __init__(self, decisions: Sequence[Decision], codes: Sequence[str]) -> None:
         super().__init__(decisions)
         self.codes = tuple(dict.fromkeys(codes))
-        self._known = set(self.codes)
+        self._known = {c: i for i, c in enumerate(self.codes)}
+        self._indices = np.array([[-1 if p == "_" else int(p) for p in c.split(".")] for c in self.codes])
 
     def allowed(self, point: Point) -> bool:
         return self.to_ncode(point) in self._known
@@ -46,6 +47,21 @@ class ListedSpace(SearchSpace):
         return self.from_ncode(self.codes[rng.integers(len(self.codes))])
 
     sample_uniform = sample
+
+    def points(self, limit: int | None = None) -> Iterator[Point]:
+        return (self.from_ncode(c) for c in self.codes[:limit])
+
+    def mutate(self, point: Point, rng: np.random.Generator) -> Point:
+        """One of the points that differ in the fewest decisions: in one, where enough of the neighbours are listed. In
+        sparse lists those at the distance of the n-th nearest count too, with n the number of decisions."""
+        i = self._known[self.to_ncode(point)]
+        distance = (self._indices != self._indices[i]).sum(1)
+        distance[i] = self._indices.shape[1] + 1
+        n = min(len(self.decisions), len(self.codes) - 1)
+        if n == 0:
+            return dict(point)
+        near = np.flatnonzero(distance <= np.partition(distance, n - 1)[n - 1])
+        return self.from_ncode(self.codes[rng.choice(near)])
 
 
 @dataclass(frozen=True)
