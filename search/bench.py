@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -28,8 +29,6 @@ from lacer.search.study import Study
 from lacer.search.tables import Table, read_table
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from lacer.search.designers.base import Designer
 
 QUANTILES = (0.9, 0.99, 0.999, 1.0)
@@ -243,8 +242,6 @@ class Result:
 
     def frame(self) -> pd.DataFrame:
         """All evaluations, tidy: designer, seed, evaluation, ncode, score, reported, best."""
-        import pandas as pd
-
         return pd.concat([pd.DataFrame({"designer": r.designer, "seed": r.seed,
                                         "evaluation": np.arange(1, len(r.ncode) + 1), "ncode": r.ncode,
                                         "score": np.array(r.score, float), "reported": np.array(r.reported, float),
@@ -253,8 +250,6 @@ class Result:
     def curve_table(self) -> pd.DataFrame:
         """Per designer and evaluation: mean of the best so far, its 95 % bootstrap interval, interquartile mean, and
         the regret where the optimum is known."""
-        import pandas as pd
-
         parts = []
         for name in self.names:
             curves = self.curves(name)
@@ -271,8 +266,6 @@ class Result:
     def quantile_table(self) -> pd.DataFrame:
         """Per designer and quantile of the table: the share of runs that reach it, and the median and 80th percentile
         of the evaluations that they need (infinite where fewer runs reach it)."""
-        import pandas as pd
-
         rows = []
         for name in self.names:
             for q, level in self.quantiles.items():

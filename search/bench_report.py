@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from lacer.search.files import write_whole
 
@@ -20,8 +21,6 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 
 def write(result: Result) -> None:
     """Writes all files of a comparison. Raises OSError."""
-    import pandas as pd
-
     folder, frame = result.folder, result.frame()
     if importlib.util.find_spec("pyarrow"):
         frame.to_parquet(folder / "results.parquet", index=False)

@@ -137,9 +137,10 @@ def _parser() -> _Parser:
                      description="Search for the state encoder of a multi-source RL agent.")
     commands = parser.add_subcommands(required=True, dest="command")
 
-    def command(name: str, text: str) -> _Parser:
-        p = _Parser(prog=f"lacer {name}", usage=f"lacer {name} [options]", description=text,
-                    epilog=EXAMPLES.get(name), formatter_class=_HelpFormatter)
+    def command(name: str, text: str, shown: str = "") -> _Parser:
+        shown = shown or name
+        p = _Parser(prog=f"lacer {shown}", usage=f"lacer {shown} [options]", description=text,
+                    epilog=EXAMPLES.get(shown), formatter_class=_HelpFormatter)
         commands.add_subcommand(name, p, help=text)
         return p
 
@@ -188,14 +189,12 @@ def _parser() -> _Parser:
     command("designers", "list designers")
 
     p = command("bench", "run designers over a table of measured architectures; `lacer bench make` measures one")
-    made = _Parser(prog="lacer bench make", usage="lacer bench make [options]", formatter_class=_HelpFormatter,
-                   description="train and evaluate many encoders and write one table", epilog=EXAMPLES["bench make"])
     p.add_argument("--out", default=None, metavar="FOLDER", help="folder to write; one that holds a part of the same "
                    "comparison is gone on with (default: bench/<date-time-table>)")
     p.add_argument("--quiet", action="store_true", help="no progress bar")
     p.add_argument("--json", action="store_true", help="print the figures as JSON")
     _add_fields(p, BenchConfig)
-    p.add_subcommands(required=False, dest="action").add_subcommand("make", made)
+    made = command("bench-make", "train and evaluate many encoders and write one table", "bench make")
     made.add_argument("--config", default=None, metavar="FILE", help="YAML file, or preset: composite")
     made.add_argument("--out", default=None, metavar="FOLDER", help="run folder (default: bench/<date-time-env>)")
     made.add_argument("--resume", default=None, metavar="FOLDER", help="go on with a folder")
@@ -208,12 +207,16 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of the ``lacer`` command."""
     logging.basicConfig(level=logging.WARNING, format="lacer: %(message)s")
     warnings.filterwarnings("ignore", module="optuna")
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:2] == ["bench", "make"]:
+        argv = ["bench-make", *argv[2:]]
     args = _parser().parse_args(argv)
     if os.getcwd() not in sys.path:  # for module:Id in the working folder; last, so that it shadows nothing
         sys.path.append(os.getcwd())
     try:
         {"search": _search, "train": _train, "evaluate": _evaluate, "show": _show, "envs": _envs,
-         "blocks": _blocks, "designers": _designers, "bench": _bench}[args.command](args[args.command])
+         "blocks": _blocks, "designers": _designers, "bench": _bench,
+         "bench-make": _bench_make}[args.command](args[args.command])
     except LacerError as e:
         fail(str(e))
     except KeyboardInterrupt:
@@ -357,15 +360,12 @@ def _designers(_: Namespace) -> None:
 
 
 def _bench(a: Namespace) -> None:
-    if a.action == "make":
-        _bench_make(a.make)
-        return
     from datetime import datetime
 
     from lacer.search.bench import bench
     from lacer.search.bench_report import figures, summary
 
-    config = validate_as(BenchConfig, _given(a, ("out", "quiet", "json", "action", "make")), "--")
+    config = validate_as(BenchConfig, _given(a, ("out", "quiet", "json")), "--")
     name = Path(config.table or str(config.function).split(":")[-1]).name.split(".")[0]
     folder = Path(a.out) if a.out else Path("bench") / f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
     result = bench(config, folder, quiet=a.quiet or a.json)

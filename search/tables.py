@@ -6,16 +6,14 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from lacer.envs import LacerError, did_you_mean
 from lacer.search.space import Decision, Point, SearchSpace, TableSpace
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Array = NDArray[np.float64]
 
@@ -172,8 +170,6 @@ def read_table(path: str | Path, arch: Sequence[str] = ("arch",), score: str = "
 
 def _load(path: Path, arch: Sequence[str]) -> tuple[pd.DataFrame, dict[str, Any]]:
     """The file, and what `lacer bench make` wrote about it."""
-    import pandas as pd
-
     try:
         if path.suffix == ".parquet":
             _, parquet = arrow()
@@ -195,8 +191,6 @@ def _line(data: pd.DataFrame, i: int) -> int:
 
 
 def _numbers(data: pd.DataFrame, column: str, path: str | Path) -> Array:
-    import pandas as pd
-
     values = pd.to_numeric(data[column], errors="coerce").to_numpy(float)
     bad = np.flatnonzero(~np.isfinite(values))
     if len(bad):
@@ -235,8 +229,6 @@ def _architectures(data: pd.DataFrame, arch: Sequence[str], about: Mapping[str, 
 
 def _binned(column: pd.Series, bins: int | None) -> list[Any]:
     """A column as plain values; numbers in bins, named by their lower ends."""
-    import pandas as pd
-
     if bins is None or not pd.api.types.is_numeric_dtype(column) or column.nunique() <= bins:
         return [v.item() if hasattr(v, "item") else v for v in column]
     cut = pd.qcut(column, bins, duplicates="drop")

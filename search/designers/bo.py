@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve, solve_triangular
 from scipy.optimize import minimize
 from scipy.special import ndtr, ndtri
+from threadpoolctl import threadpool_limits
 
 from lacer.search.designers.base import Designer, fresh_sample, register_designer
 from lacer.search.space import Point, SearchSpace
@@ -50,6 +51,10 @@ class BO(Designer):
         self._coder: _Coder | None = None
 
     def propose(self, study: Study, n: int) -> list[Proposal]:
+        with threadpool_limits(1, "blas"):  # small matrices: several threads only wait for each other
+            return self._propose(study, n)
+
+    def _propose(self, study: Study, n: int) -> list[Proposal]:
         rng = self.rng(study)
         out: list[Proposal] = []
         tried = len(study) - study.count("rejected")
