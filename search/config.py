@@ -68,6 +68,8 @@ class SearchConfig(BaseModel):
                                                               "[16, 32]}")
     limits: Limits = Field(Limits(), description="what an encoder may cost; larger proposals are rejected")
     expert: str | None = Field(None, description="encoder.json of the first candidate; default: a sensible one by hand")
+    expert_first: bool = Field(True, description="the expert's encoder is the first candidate, whoever the designer "
+                                                 "is; else it is only trained with the winner, for comparison")
     text_model: str = Field("all-MiniLM-L6-v2", description="frozen text model: name, local folder, or hash (none)")
     llm: str | None = Field(None, description="openai:MODEL, anthropic:MODEL, or replay:FILE")
     llm_base_url: str | None = Field(None, description="URL of any OpenAI-compatible server")

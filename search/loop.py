@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lacer")
 
-WITHOUT_LLM = "evolution"
-"""The designer that ``auto`` takes where there is no LLM."""
+WITHOUT_LLM = "bo"
+"""The designer that ``auto`` takes where there is no LLM: the best on the tables of docs/benchmarks.md."""
 
 FINAL_SEEDS = 500_000
 """Distance between the seeds of the evaluation episodes that choose and of those that are reported."""
@@ -365,7 +365,7 @@ class _Driver(Listener):
             outcome = self.outcome(finals)
             from lacer.search.report import write_report
 
-            write_report(outcome, self.folder / "report.html")
+            write_report(outcome, self.folder / "report.html", expert=self.plan.space.to_spec(self.plan.expert))
             if wandb is not None:
                 wandb.finish(outcome)
             self._close(0, 60)
@@ -397,7 +397,8 @@ class _Driver(Listener):
         return Engine(
             self.study, self.designer, executor, self._job,
             budget=Budget(c.candidates, c.max_env_steps, c.max_seconds, c.max_tokens),
-            first=Proposal(self.plan.expert, "expert", "a sensible encoder made by hand"), why_not=self._why_not,
+            first=Proposal(self.plan.expert, "expert", "a sensible encoder made by hand") if c.expert_first else None,
+            why_not=self._why_not,
             repeats=c.repeats, lag=c.workers if c.deterministic else None, ahead=ahead,
             expected_steps=c.protocol.steps, elapsed=self.seconds, patience=patience, listener=self)
 
@@ -459,14 +460,14 @@ class _Driver(Listener):
             self.study.set_attr("final_trial", best.number)
         protocol = c.protocol.model_copy(update={"steps": c.final_steps, "eval_episodes": c.final_episodes,
                                                  "eval_seed": c.protocol.eval_seed + FINAL_SEEDS})
-        expert = self.study.trials[0]
+        expert_won = best.ncode == self.plan.space.to_ncode(self.plan.expert)
         fresh = self.folder / "best.new"
         jobs: dict[str, RunRequest] = {}
         if WINNER not in finals or not (self.folder / "best").is_dir():
             shutil.rmtree(fresh, ignore_errors=True)
             jobs[WINNER] = self._request(best.spec, protocol, c.seed + 1, fresh)
-        if EXPERT not in finals and best.number != expert.number:
-            jobs[EXPERT] = self._request(expert.spec, protocol, c.seed + 1)
+        if EXPERT not in finals and not expert_won:
+            jobs[EXPERT] = self._request(self.plan.space.to_spec(self.plan.expert), protocol, c.seed + 1)
         if NOOP not in finals:
             jobs[NOOP] = self._request(None, protocol, c.seed + 1)
         if jobs:
@@ -495,7 +496,7 @@ class _Driver(Listener):
                     self.display.ended(event.key, c.final_steps if jobs[event.key].encoder else 0, (
                         f"  final: {event.key}: {o.metric} {e.objective:.3f} {o.unit}" if e.ok
                         else f"  final: {event.key} failed: {e.reason}"))
-        if best.number == expert.number and WINNER in finals:
+        if expert_won and WINNER in finals:
             finals[EXPERT] = finals[WINNER]
         return finals
 

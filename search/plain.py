@@ -14,6 +14,7 @@ from lacer.search.config import SearchConfig, worker_count
 from lacer.search.engine import MAX_REJECTIONS, Budget, Engine, Listener
 from lacer.search.executors import InProcess
 from lacer.search.loop import (
+    WITHOUT_LLM,
     make_designer,
     make_executor,
     only_driver,
@@ -29,7 +30,7 @@ from lacer.search.study import StoredStudy, Study, Trial
 Function = Callable[[Point], Any]
 
 _ELSEWHERE = {"env", "env_kwargs", "eval_env_kwargs", "protocol", "final_steps", "final_episodes", "space", "limits",
-              "expert", "text_model", "wandb", "wandb_project"}
+              "expert", "expert_first", "text_model", "wandb", "wandb_project"}
 """Fields of the configuration that only a search with an environment has."""
 
 
@@ -73,7 +74,7 @@ def search_points(space: SearchSpace, function: Function, config: SearchConfig, 
         config = config.model_copy(update={"executor": "process" if config.workers > 1 else "inprocess"})
     if config.deterministic:
         config = config.model_copy(update={"workers": worker_count(config)})
-    name = "evolution" if config.designer == "auto" else config.designer
+    name = WITHOUT_LLM if config.designer == "auto" else config.designer
     if config.executor != "inprocess":
         reference(function)
     if folder is not None and not resume and folder.exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve, solve_triangular
 from scipy.optimize import minimize
 from scipy.special import ndtr, ndtri
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 from lacer.search.designers.base import Designer, fresh_sample, register_designer
 from lacer.search.space import Point, SearchSpace
@@ -23,6 +24,11 @@ ENUMERATE = 20_000
 """Spaces of at most so many points are scored whole."""
 POOL = 1_000
 """Candidates that are scored in larger spaces: random ones and neighbours of the best."""
+
+
+@cache
+def _threads() -> ThreadpoolController:
+    return ThreadpoolController()
 
 
 @register_designer
@@ -51,7 +57,7 @@ class BO(Designer):
         self._coder: _Coder | None = None
 
     def propose(self, study: Study, n: int) -> list[Proposal]:
-        with threadpool_limits(1, "blas"):  # small matrices: several threads only wait for each other
+        with _threads().limit(limits=1, user_api="blas"):  # small matrices: threads would only wait for each other
             return self._propose(study, n)
 
     def _propose(self, study: Study, n: int) -> list[Proposal]:

@@ -348,3 +348,13 @@ def test_an_llm_over_http(tiny: Path, lacer: Lacer, tmp_path: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
             assert KEY.encode() not in path.read_bytes(), path
+
+
+@pytest.mark.slow
+def test_the_expert_may_stay_out_of_the_search(tmp_path: Path) -> None:
+    options = {**TINY, "candidates": 3, "executor": "inprocess", "wandb": "off", "expert_first": False}
+    result = search(**options, out=tmp_path / "run", quiet=True)
+    assert [t.proposal.designer for t in result.outcome.trials] == ["evolution"] * 3
+    assert result.outcome.finals["expert"].ok, "it is trained with the winner, for comparison"
+    assert result.outcome.finals["expert"].returns != result.outcome.finals["winner"].returns
+    assert "designed by hand" in result.report.read_text(), "and drawn beside it"
