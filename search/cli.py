@@ -203,14 +203,18 @@ def _parser() -> _Parser:
     return parser
 
 
+def parse(argv: list[str]) -> Namespace:
+    """The arguments of a command line. Exits with 2 if they are wrong."""
+    if argv[:2] == ["bench", "make"]:  # `bench` itself has options, so `make` cannot be a command below it
+        argv = ["bench-make", *argv[2:]]
+    return _parser().parse_args(argv)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the ``lacer`` command."""
     logging.basicConfig(level=logging.WARNING, format="lacer: %(message)s")
     warnings.filterwarnings("ignore", module="optuna")
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:2] == ["bench", "make"]:
-        argv = ["bench-make", *argv[2:]]
-    args = _parser().parse_args(argv)
+    args = parse(sys.argv[1:] if argv is None else argv)
     if os.getcwd() not in sys.path:  # for module:Id in the working folder; last, so that it shadows nothing
         sys.path.append(os.getcwd())
     try:

@@ -66,7 +66,7 @@ def test_an_environment_of_ones_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "..." not in c and "|" not in c])
 def test_options_in_commands_exist(command: str) -> None:
     """Long commands are parsed, not run."""
-    from lacer.search.cli import _parser
+    from lacer.search.cli import parse
 
     args = shlex.split(command)[1:]
-    _parser().parse_args([a.replace("$d", "random") for a in args])
+    parse([a.replace("$d", "random") for a in args])
