@@ -3,8 +3,8 @@
     python benchmarks/bench_speed.py
     python benchmarks/bench_speed.py budget=200 seeds=10
 
-Goal: 2,000 evaluations a second for the cheap designers (random, evolution). The others are shown beside them; their time
-is that of their models. CPU time, so that other work on the machine does not count. The last line is JSON.
+Goal: 2,000 evaluations a second for the cheap designers (random, evolution). The others are shown beside them; their
+time is that of their models. CPU time, so that other work on the machine does not count. The last line is JSON.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ Config = TypeVar("Config", bound=BaseModel)
 
 RESUMABLE = {"candidates", "workers", "timeout", "memory", "max_env_steps", "max_seconds", "max_tokens", "executor",
              "ray_address", "cpus_per_candidate", "gpus_per_candidate", "storage", "ahead", "llm", "llm_base_url",
-             "llm_temperature", "llm_timeout", "batch", "wandb", "wandb_project"}
+             "llm_temperature", "llm_timeout", "batch", "wandb", "wandb_project", "seeds"}
 """Fields that may be changed when a search is resumed; results before and after stay comparable."""
 
 
