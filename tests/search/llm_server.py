@@ -4,7 +4,7 @@ Usage: ``python llm_server.py SCRIPT``, SCRIPT being JSON text or a file name: `
 It prints its port, and answers the n-th POST with the n-th reply, later ones with the last. A reply is one of
 
 - ``{"text": "..."}``: a completion (``"finish": "length"``: cut off by the token limit); where the request has a tool,
-  in a call of it;
+  in a call of it; ``"times": N``: the text N times over;
 - ``{"status": 429, "headers": {...}, "body": ...}``: an error or a redirect;
 - ``{"raw": "..."}``: HTTP 200 with a body that is no completion;
 - ``{"hang": true}``: never answers; ``{"trickle": true}``: one blank every 50 ms, for ever;
@@ -96,7 +96,7 @@ def main(script: dict[str, Any]) -> None:
 def completion(path: str, body: dict[str, Any], reply: dict[str, Any], called: bool) -> dict[str, Any]:
     """The reply in the form of OpenAI or, on ``/messages``, of Anthropic; ``called``: as a call of the request's tool.
     Tokens: 1000 in, 100 out."""
-    text, cut = reply["text"], reply.get("finish") == "length"
+    text, cut = reply["text"] * reply.get("times", 1), reply.get("finish") == "length"
     if path.endswith("/messages"):
         content: dict[str, Any] = {"type": "text", "text": text}
         if called:
