@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 FallbackName = Literal["evolution", "bo", "random", "stop"]
+ReplyFormat = Literal["auto", "json_schema", "tool", "json_object", "plain"]
 
 
 class SearchConfig(BaseModel):
@@ -78,6 +79,9 @@ class SearchConfig(BaseModel):
     llm_temperature: float | None = Field(1.0, ge=0, le=2, description="sampling temperature of the LLM")
     llm_seed: int | None = Field(None, description="sampling seed of the LLM, where the server knows one; default: the "
                                                    "search's seed")
+    llm_format: ReplyFormat = Field("auto", description="what holds the LLM to the form of a reply: a JSON schema, a "
+                                                        "tool call, the wish for a JSON object, or the prompt alone; "
+                                                        "auto: tried in this order and remembered")
     llm_timeout: float = Field(180, gt=0, description="seconds until a request to the LLM is given up")
     llm_retries: int = Field(4, ge=0, le=20, description="further tries after HTTP 429, 5xx, timeouts and broken "
                                                          "connections")

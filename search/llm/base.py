@@ -8,7 +8,7 @@ from typing import Any, Literal, TypedDict
 from pydantic import BaseModel, ConfigDict, Field
 
 from lacer.envs import LacerError, did_you_mean
-from lacer.search.config import FallbackName, SearchConfig
+from lacer.search.config import FallbackName, ReplyFormat, SearchConfig
 
 FORMS = "openai:NAME, anthropic:NAME, replay:FILE or human"
 KEYS = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}
@@ -30,6 +30,7 @@ class LLMConfig(BaseModel):
     base_url: str | None = None
     temperature: float | None = Field(1.0, ge=0, le=2)
     seed: int | None = None
+    format: ReplyFormat = "auto"
     timeout: float = Field(180.0, gt=0)
     retries: int = Field(4, ge=0, le=20)
     repairs: int = Field(2, ge=0, le=10)

@@ -55,8 +55,13 @@ class LLMClient:
         self._server = Server(config, self.provider, self.name) if self.provider in KEYS else None
         self._human = Human(self.name == "-", run_dir) if self.provider == "human" else None
         self._replay: Replay | None = None
-        self._format: Format = FORMATS.get(self.provider, ("plain",))[0]
-        self._proven = False  # whether the server has replied in that form
+        forms = FORMATS.get(self.provider, ("plain",))
+        if config.format != "auto" and config.format not in forms and self._server is not None:
+            known = ", ".join(f for f in forms if f != "bare")
+            raise LacerError(f"{self.provider} has no replies of the form {config.format!r} (--llm-format); it has: "
+                             f"{known}, auto")
+        self._format: Format = forms[0] if config.format == "auto" else config.format
+        self._proven = config.format != "auto"  # whether the server has replied in that form
         self.answered = False
         self.requests = self.tokens_in = self.tokens_out = 0
         self._loaded = self._uncounted = False
@@ -114,7 +119,7 @@ class LLMClient:
             except LLMError as e:
                 # Some break (500) where others refuse.
                 refused = e.status in REFUSED or (e.status == 500 and tries >= left and not proven)
-                lower = self._below(form, proven) if refused else None
+                lower = self._below(form, proven) if refused and self.config.format == "auto" else None
                 again = lower is not None or (e.retriable and tries < left)
                 self.requests += 1
                 e.line = self._record(messages, form, None, time.monotonic() - sent, e, final=not again)
@@ -160,13 +165,15 @@ class LLMClient:
         """Reads the transcript to replay, and what earlier sessions of this run spent and found out. Once."""
         if self._loaded:
             return
+        known: Any = None
         for r in () if self.transcript is None else self.transcript.records():
             self.requests += 1
             self.tokens_in += _count(r.get("tokens_in"))
             self.tokens_out += _count(r.get("tokens_out"))
-            if r.get("model") == self.config.model and r.get("base_url") == self._address() and r.get(
-                    "next_format") in FORMATS.get(self.provider, ()):
-                self._format, self._proven = r["next_format"], True
+            if r.get("model") == self.config.model and r.get("base_url") == self._address():
+                known = r.get("next_format", known)
+        if self.config.format == "auto" and known in FORMATS.get(self.provider, ()):
+            self._format, self._proven = known, True
         if self.provider == "replay":
             self._replay = Replay(Path(self.name), self.transcript, self.config.replay_strict)
         self._loaded = True
@@ -215,7 +222,7 @@ class LLMClient:
             "truncated": reply.truncated if reply else False, "seconds": round(seconds, 3),
             "status": error.status if error else 200, "error": str(error) if error else None,
             "fatal": error.fatal if error else False, "final": final,
-            **({"next_format": self._format} if reply and self._proven else {}),
+            **({"next_format": self._format} if reply and self._proven and self.config.format == "auto" else {}),
             **({"differs": differs} if differs else {}),
         })
 

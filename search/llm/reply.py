@@ -57,7 +57,7 @@ def find_json(text: str) -> dict[str, Any]:
     """
     if len(text) > MAX_REPLY:
         raise LacerError(f"the reply is longer than {MAX_REPLY:,} characters; send one JSON object and nothing else")
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(strict=False)  # line breaks and control characters in strings; :func:`clean` drops them
     found: list[dict[str, Any]] = []
     problem, at = "", text.find("{")
     for _ in range(200):

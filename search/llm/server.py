@@ -109,8 +109,9 @@ class Server:
         if form == "json_schema":
             return {"response_format": {"type": "json_schema", "json_schema": {
                 "name": TOOL, "schema": schema, "strict": False}}}
-        if form == "json_object":
-            return {"response_format": {"type": "json_object"}}
+        if form == "json_object":  # with a schema for llama-cpp-python and others that know it here
+            known = {} if self._at_openai else {"schema": schema}
+            return {"response_format": {"type": "json_object", **known}}
         if form == "tool" and self.provider == "anthropic":
             return {"tools": [{"name": TOOL, "description": about, "input_schema": schema}],
                     "tool_choice": {"type": "tool", "name": TOOL}}
@@ -135,12 +136,16 @@ class Server:
         from pydantic_ai.providers.openai import OpenAIProvider
         from pydantic_ai.providers.openai_compatible import OpenAICompatibleProvider
 
-        if url is None or urlsplit(url).hostname == "api.openai.com":
+        if self._at_openai:
             return OpenAIChatModel(self.name, provider=OpenAIProvider(base_url=url, api_key=key, http_client=http))
         # Other servers know the older field max_tokens, and only some the newer one.
         profile = OpenAIModelProfile(openai_chat_supports_max_completion_tokens=False)
         return OpenAIChatModel(self.name, provider=OpenAICompatibleProvider(
             "compatible", base_url=url, api_key=key, http_client=http, profile=profile))
+
+    @property
+    def _at_openai(self) -> bool:
+        return self.url is None or urlsplit(self.url).hostname == "api.openai.com"
 
     def _key(self) -> str:
         key, variable = api_key(self.provider), KEYS[self.provider]
