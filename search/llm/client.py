@@ -7,6 +7,7 @@ text that leaves this package: replies, errors, transcripts.
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,6 +28,8 @@ MAX_WAIT = 60.0
 """No single wait is longer, whatever Retry-After says."""
 REFUSED = (400, 415, 422, 501)
 """HTTP statuses of a server that does not know the form of a reply that it was asked for."""
+SAMPLING = re.compile(r"\b(temperature|seed)\b", re.IGNORECASE)
+"""What a server names that refuses sampling settings, as reasoning models do."""
 
 
 class LLMClient:
@@ -62,6 +65,7 @@ class LLMClient:
                              f"{known}, auto")
         self._format: Format = forms[0] if config.format == "auto" else config.format
         self._proven = config.format != "auto"  # whether the server has replied in that form
+        self._sampling = True  # whether temperature and seed are sent
         self.answered = False
         self.requests = self.tokens_in = self.tokens_out = 0
         self._loaded = self._uncounted = False
@@ -84,9 +88,10 @@ class LLMClient:
         """The reply to a conversation.
 
         A server is asked to keep to the JSON schema; one that refuses (HTTP 400) is asked to call a tool with that
-        schema, then for any JSON object, then for plain text, then without temperature and seed. What worked is
-        remembered, in the transcript also for later sessions. 429, 5xx, timeouts and broken connections are retried
-        after 1, 2, 4, ... seconds or what Retry-After says, 60 at most.
+        schema, then for any JSON object, then for plain text, then without temperature and seed; these are left out
+        at once where the refusal names them. What worked is remembered, in the transcript also for later sessions.
+        429, 5xx, timeouts and broken connections are retried after 1, 2, 4, ... seconds or what Retry-After says, 60
+        at most.
 
         Args:
             messages: the conversation; the last one is the user's.
@@ -110,16 +115,18 @@ class LLMClient:
         left = self.config.retries if retries is None else retries
         start, tries, requests = time.monotonic(), 0, 0
         form: Format = self._format if schema is not None or self._format == "bare" else "plain"
-        proven = self._proven or schema is None
+        proven, sampling = self._proven or schema is None, self._sampling
         while True:
             requests += 1
             sent = time.monotonic()
             try:
-                reply = self._server.send(messages, schema, form)
+                reply = self._server.send(messages, schema, form, sampling)
             except LLMError as e:
                 # Some break (500) where others refuse.
                 refused = e.status in REFUSED or (e.status == 500 and tries >= left and not proven)
                 lower = self._below(form, proven) if refused and self.config.format == "auto" else None
+                if e.status in REFUSED and sampling and SAMPLING.search(str(e)):
+                    lower, sampling = form, False
                 again = lower is not None or (e.retriable and tries < left)
                 self.requests += 1
                 e.line = self._record(messages, form, None, time.monotonic() - sent, e, final=not again)
@@ -134,7 +141,7 @@ class LLMClient:
                 tries += 1
                 time.sleep(min(wait, MAX_WAIT))
                 continue
-            self.answered = True
+            self.answered, self._sampling = True, sampling
             if not proven:
                 # Text in place of the call: the server ignores tools, and does without the tokens of their schema.
                 self._format = form if reply.structured else self._below(form) or form
@@ -172,6 +179,7 @@ class LLMClient:
             self.tokens_out += _count(r.get("tokens_out"))
             if r.get("model") == self.config.model and r.get("base_url") == self._address():
                 known = r.get("next_format", known)
+                self._sampling = r.get("sampling") is not False
         if self.config.format == "auto" and known in FORMATS.get(self.provider, ()):
             self._format, self._proven = known, True
         if self.provider == "replay":
@@ -216,7 +224,7 @@ class LLMClient:
             return None
         return self.transcript.add({
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "model": self.config.model,
-            "base_url": self._address(), "format": form, "messages": list(messages),
+            "base_url": self._address(), "format": form, "sampling": self._sampling, "messages": list(messages),
             "reply": reply.text if reply else None, "tokens_in": reply.tokens_in if reply else 0,
             "tokens_out": reply.tokens_out if reply else 0, "cost": reply.cost if reply else None,
             "truncated": reply.truncated if reply else False, "seconds": round(seconds, 3),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import os
 import threading
@@ -54,8 +55,15 @@ class Server:
         self._check_address(self.url, f"{self.provider.upper()}_BASE_URL")
         self._key()
 
-    def send(self, messages: Sequence[Message], schema: dict[str, Any] | None, form: Format) -> Reply:
+    def send(self, messages: Sequence[Message], schema: dict[str, Any] | None, form: Format,
+             sampling: bool = True) -> Reply:
         """One HTTP request.
+
+        Args:
+            messages: the conversation.
+            schema: JSON schema of the reply.
+            form: how the reply is held to it.
+            sampling: whether temperature and seed are sent.
 
         Raises:
             LLMError: there is no reply.
@@ -65,8 +73,10 @@ class Server:
         from pydantic_ai.messages import TextPart, ToolCallPart
 
         self.check()  # its error names what to set
+        importlib.import_module(f"pydantic_ai.models.{self.provider}")  # seconds that are not the server's
         try:
-            response = _run(self._ask(messages, schema, form), self.config.timeout + 5)
+            response = _run(self._ask(messages, schema, form, sampling and form != "bare"),
+                            self.config.timeout + 5)
         except (ai.ModelRequestTimeout, ai.ModelTimeoutError, TimeoutError):
             raise LLMError(f"no complete reply from {self.config.model} within {self.config.timeout:g} s",
                            retriable=True) from None
@@ -85,7 +95,8 @@ class Server:
         return Reply(redact(text)[:MAX_REPLY + 1], response.usage.input_tokens, response.usage.output_tokens,
                      truncated=response.finish_reason == "length", structured=form != "tool" or bool(calls))
 
-    async def _ask(self, messages: Sequence[Message], schema: dict[str, Any] | None, form: Format) -> ModelResponse:
+    async def _ask(self, messages: Sequence[Message], schema: dict[str, Any] | None, form: Format,
+                   sampling: bool) -> ModelResponse:
         from pydantic_ai.direct import model_request
         from pydantic_ai.models import create_async_httpx2_client
         from pydantic_ai.settings import ModelSettings
@@ -93,9 +104,9 @@ class Server:
         c = self.config
         settings = ModelSettings(max_tokens=c.max_output_tokens, timeout=c.timeout, request_timeout=c.timeout,
                                  max_retries=0, extra_body=self._form(schema, form))
-        if c.temperature is not None and form != "bare":
+        if c.temperature is not None and sampling:
             settings["temperature"] = c.temperature
-        if c.seed is not None and form != "bare":
+        if c.seed is not None and sampling:
             settings["seed"] = c.seed
         async with create_async_httpx2_client() as http:
             http.follow_redirects = False  # a redirect would carry the key to another address

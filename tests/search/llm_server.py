@@ -11,8 +11,8 @@ It prints its port, and answers the n-th POST with the n-th reply, later ones wi
 - ``{"cut": true}``: stops in the middle of the body; ``{"endless": true}``: never stops.
 
 ``formats``: forms that the server takes (``tool`` and response formats), any if absent; others get the status
-``refuse`` (400) and use up no reply. ``"tools": false``: tools are taken and ignored. ``"usage": false``: no tokens are
-counted.
+``refuse`` (400) and use up no reply. ``"sampling": false``: so do requests with a temperature. ``"tools": false``:
+tools are taken and ignored. ``"usage": false``: no tokens are counted.
 ``GET /requests`` gives all requests so far: path, headers, body and seconds since the start.
 """
 
@@ -55,11 +55,12 @@ def main(script: dict[str, Any]) -> None:
             with lock:
                 seen.append({"path": self.path, "headers": {k.lower(): v for k, v in self.headers.items()},
                              "body": body, "at": time.monotonic() - start})
-                refused = form not in script.get("formats", [form])
+                hot = "temperature" in body and not script.get("sampling", True)
+                refused = hot or form not in script.get("formats", [form])
                 reply = script["replies"][min(used[0], len(script["replies"]) - 1)]
                 used[0] += not refused
             if refused:
-                error = {"error": {"message": f"response_format {form} is unknown"}}
+                error = {"error": {"message": f"unknown: {'temperature' if hot else form}"}}
                 self.send(script.get("refuse", 400), json.dumps(error).encode(), {})
             elif "status" in reply:
                 error = reply.get("body", {"error": {"message": "scripted"}})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import tracemalloc
@@ -54,11 +55,12 @@ def mutated(rng: random.Random, data: dict[str, Any]) -> dict[str, Any]:
         tree, key = rng.choice(at)
         kind = rng.randrange(7)
         if kind == 0:
-            tree[key] = rng.choice(ODD)
+            tree[key] = copy.deepcopy(rng.choice(ODD))
         elif kind == 1:
             tree[key] = rng.choice(WORDS)
         elif kind == 2 and isinstance(tree, dict):
-            tree[rng.choice(("extra", "routing", "__class__", "", "sources", "🤖", "block", "wdith"))] = rng.choice(ODD)
+            tree[rng.choice(("extra", "routing", "__class__", "", "sources", "🤖", "block", "wdith"))] = copy.deepcopy(
+                rng.choice(ODD))
         elif kind == 3:
             del tree[key]
         elif kind == 4 and isinstance(tree, dict) and isinstance(key, str):

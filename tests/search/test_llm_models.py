@@ -69,7 +69,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config(server: Server, provider: str = "openai", **fields: Any) -> LLMConfig:
-    return LLMConfig(**{"model": f"{provider}:scripted", "base_url": server.url, "timeout": 5.0, "retries": 2,
+    return LLMConfig(**{"model": f"{provider}:scripted", "base_url": server.url, "timeout": 20.0, "retries": 2,
                         **fields})
 
 
@@ -117,6 +117,32 @@ def test_a_tool_is_called_with_the_schema(serve: Any, study: Study) -> None:
     assert body["tools"][0]["input_schema"] == reply_schema(SPACE, 1)
     assert body["tool_choice"] == {"type": "tool", "name": "reply"}
     assert (body["temperature"], body["system"]) != (None, None)
+
+
+def test_a_model_without_sampling_settings_keeps_the_schema(serve: Any, tmp_path: Path) -> None:
+    s = serve(answer(spec()), sampling=False)
+    for _ in range(2):  # the second session knows
+        LLMClient(config(s, temperature=0.5, seed=1), tmp_path).complete(SYSTEM, SCHEMA)
+    assert asked(s) == ["json_schema"] * 3
+    assert [("temperature" in r["body"], "seed" in r["body"]) for r in s.requests] == [
+        (True, True), (False, False), (False, False)]
+
+
+def test_a_form_can_be_chosen(serve: Any) -> None:
+    s = serve(answer(spec()), formats=["json_object"])
+    LLMClient(config(s, format="json_object")).complete(SYSTEM, SCHEMA)
+    with pytest.raises(LLMError, match="HTTP 400"):
+        LLMClient(config(s, format="tool")).complete(SYSTEM, SCHEMA)
+    assert asked(s) == ["json_object", "tool"]
+    assert s.requests[0]["body"]["response_format"] == {"type": "json_object", "schema": SCHEMA}
+    with pytest.raises(LacerError, match="--llm-format"):
+        LLMClient(config(s, "anthropic", format="json_schema"))
+
+
+def test_long_replies_of_anthropic_need_no_streaming(serve: Any) -> None:
+    s = serve(answer(spec()))
+    LLMClient(config(s, "anthropic", max_output_tokens=128_000)).complete(SYSTEM, SCHEMA)
+    assert s.requests[0]["body"]["max_tokens"] == 128_000
 
 
 def test_a_server_that_could_and_refuses_is_asked_for_text_once(serve: Any) -> None:
