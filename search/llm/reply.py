@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ class Answer:
         rationale: the model's reason.
         expected: the objective that the model expects, None if it named none.
         based_on: numbers of the trials that it says it started from.
+        problem: what it says holds the score back.
     """
 
     point: Point | None = None
@@ -36,6 +37,7 @@ class Answer:
     rationale: str = ""
     expected: float | None = None
     based_on: tuple[int, ...] = ()
+    problem: str = ""
 
 
 def clean(text: object, limit: int = MAX_TEXT) -> str:
@@ -48,9 +50,13 @@ def clean(text: object, limit: int = MAX_TEXT) -> str:
     return kept if len(kept) <= limit else kept[:limit - 4] + " ..."
 
 
-def find_json(text: str) -> dict[str, Any]:
+def find_json(text: str, wanted: Sequence[str] = ()) -> dict[str, Any]:
     """The JSON object in a text that may have prose, code fences or several objects around it; the last one that
     looks like a reply.
+
+    Args:
+        text: the reply.
+        wanted: keys of the object that is looked for; default: those of encoders.
 
     Raises:
         LacerError: if there is none, with the place of the first mistake, or the text is too long.
@@ -72,6 +78,13 @@ def find_json(text: str) -> dict[str, Any]:
             continue
         found.append(value)
         at = text.find("{", end)
+    if wanted:
+        whole = [v for v in found if all(key in v for key in wanted)]
+        if whole:
+            return whole[-1]
+        form = json.dumps(dict.fromkeys(wanted, "..."))
+        raise LacerError(f"the reply is not valid JSON: {problem}" if problem else
+                         f"the reply holds no JSON object with {', '.join(map(json.dumps, wanted))}; send {form}")
     fitting = [v for v in found if "encoders" in v or "encoder" in v or "sources" in v]
     # A part of a broken object must not pass for the whole: only a real reply may follow a mistake.
     if fitting and (not problem or any("encoders" in v for v in fitting)):
@@ -105,13 +118,13 @@ def _answer(item: Any, space: EncoderSpace) -> Answer:
         expected = None  # NaN too
     based_on = item.get("based_on")
     based_on = tuple(i for i in (based_on if isinstance(based_on, list) else [based_on]) if type(i) is int)[:8]
-    rationale = clean(item.get("rationale") or "")
+    rationale, problem = clean(item.get("rationale") or ""), clean(item.get("problem") or "", 500)
     try:
         bare = {k: item[k] for k in ("sources", "fusion", "routing") if k in item}
         point = to_point(item.get("encoder", bare), space)
     except LacerError as e:
-        return Answer(None, clean(e, 500), rationale, expected, based_on)
-    return Answer(point, "", rationale, expected, based_on)
+        return Answer(None, clean(e, 500), rationale, expected, based_on, problem)
+    return Answer(point, "", rationale, expected, based_on, problem)
 
 
 def to_point(encoder: Any, space: EncoderSpace) -> Point:
@@ -128,8 +141,16 @@ def to_point(encoder: Any, space: EncoderSpace) -> Point:
     return space.from_spec(EncoderSpec.parse(encoder, space.card))
 
 
-def reply_schema(space: EncoderSpace, k: int) -> dict[str, Any]:
-    """JSON schema of a reply with ``k`` encoders out of the space.
+ASKED: dict[str, dict[str, Any]] = {
+    "problem": {"type": "string", "maxLength": LONGEST_RATIONALE},
+    "rationale": {"type": "string", "maxLength": LONGEST_RATIONALE},
+    "based_on": {"type": "array", "items": {"type": "integer"}, "maxItems": 8}, "expected": {"type": "number"}}
+"""What a model can be asked for with every encoder."""
+
+
+def reply_schema(space: EncoderSpace, k: int,
+                 ask: Sequence[str] = ("rationale", "based_on", "expected")) -> dict[str, Any]:
+    """JSON schema of a reply with ``k`` encoders out of the space, each with some of :data:`ASKED`.
 
     A reply that keeps to it holds valid encoders only: what depends on something else (fields of a block on another
     field, the routing on the fusion and on the used sources, at least one used source) is written out as alternatives.
@@ -161,9 +182,7 @@ def reply_schema(space: EncoderSpace, k: int) -> dict[str, Any]:
             encoders.append(_closed({"sources": sources(usable, [*needed, name]),
                                      "fusion": {"$ref": "#/$defs/conditioned"},
                                      "routing": _closed({"condition": {"enum": [name]}})}))
-    one = _closed({"rationale": {"type": "string", "maxLength": LONGEST_RATIONALE},
-                   "based_on": {"type": "array", "items": {"type": "integer"}, "maxItems": 8},
-                   "expected": {"type": "number"}, "encoder": {"anyOf": encoders}})
+    one = _closed({**{key: ASKED[key] for key in ask}, "encoder": {"anyOf": encoders}})
     return {**_closed({"encoders": {"type": "array", "items": one, "minItems": k, "maxItems": k}}), "$defs": defs}
 
 
