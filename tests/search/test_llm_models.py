@@ -28,8 +28,9 @@ from lacer.search.executors import InProcess
 from lacer.search.llm import Fallback, LLMClient, LLMConfig, LLMError, client, parse_reply, reply_schema, server
 from lacer.search.llm.base import llm_config
 from lacer.search.llm.human import Human
-from lacer.search.loop import SearchResult, make_designer, summary
+from lacer.search.loop import SearchResult, asks_a_person, make_designer, summary
 from lacer.search.outcome import Outcome, describe_usage, total_usage
+from lacer.search.progress import Display
 from lacer.search.report import write_report
 from lacer.search.space import EncoderSpace
 from lacer.search.study import Proposal, Study
@@ -378,6 +379,17 @@ def test_a_person_at_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     for wrong in ("human:", "human:me", "humna"):
         with pytest.raises(LacerError, match="unknown language model"):
             LLMClient(LLMConfig(model=wrong))
+
+
+def test_the_progress_stays_out_of_the_way_of_a_person(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, for Rich
+    assert asks_a_person(SearchConfig(llm="human"))
+    assert asks_a_person(SearchConfig(llm="human:-"))
+    assert not asks_a_person(SearchConfig(llm="openai:human"))
+    for live in (True, False):
+        display = Display(CARD, 1, live=live)
+        assert display.live_mode == live
+        display.close()
 
 
 # -- keys ------------------------------------------------------------------------------------------------------------
