@@ -28,6 +28,8 @@ MAX_WAIT = 60.0
 """No single wait is longer, whatever Retry-After says."""
 REFUSED = (400, 415, 422, 501)
 """HTTP statuses of a server that does not know the form of a reply that it was asked for."""
+FORM = re.compile(r"response_format|json_schema|json_object|\btools?\b|tool_choice|\bgrammar\b", re.IGNORECASE)
+"""What a server names that breaks (HTTP 500) over the form, as llama-cpp-python does."""
 SAMPLING = re.compile(r"\b(temperature|seed)\b", re.IGNORECASE)
 """What a server names that refuses sampling settings, as reasoning models do."""
 
@@ -122,8 +124,8 @@ class LLMClient:
             try:
                 reply = self._server.send(messages, schema, form, sampling)
             except LLMError as e:
-                # Some break (500) where others refuse.
-                refused = e.status in REFUSED or (e.status == 500 and tries >= left and not proven)
+                refused = e.status in REFUSED or (  # some break where others refuse
+                    e.status == 500 and not proven and (tries >= left or FORM.search(str(e)) is not None))
                 lower = self._below(form, proven) if refused and self.config.format == "auto" else None
                 if e.status in REFUSED and sampling and SAMPLING.search(str(e)):
                     lower, sampling = form, False

@@ -94,7 +94,7 @@ def test_the_form_is_found_by_trying_and_remembered_in_the_run_folder(
         serve: Any, tmp_path: Path, provider: str, formats: list[str], tools: bool, refuse: int, first: list[str],
         then: str) -> None:
     s = serve(answer(spec(128)), formats=formats, tools=tools, refuse=refuse)
-    c = LLMClient(config(s, provider, retries=0), tmp_path)
+    c = LLMClient(config(s, provider), tmp_path)
     assert json.loads(c.complete(SYSTEM, SCHEMA).text) == json.loads(answer(spec(128))["text"])
     assert asked(s) == first
     c.complete(SYSTEM, SCHEMA)
@@ -118,6 +118,12 @@ def test_a_tool_is_called_with_the_schema(serve: Any, study: Study) -> None:
     assert body["tools"][0]["input_schema"] == reply_schema(SPACE, 1)
     assert body["tool_choice"] == {"type": "tool", "name": "reply"}
     assert (body["temperature"], body["system"]) != (None, None)
+
+
+def test_a_server_that_breaks_without_saying_why_is_asked_again_before_it_is_asked_for_less(serve: Any) -> None:
+    s = serve(*[{"status": 500}] * 3, answer(spec()))
+    LLMClient(config(s)).complete(SYSTEM, SCHEMA)
+    assert asked(s) == ["json_schema"] * 3 + ["tool"]
 
 
 def test_a_model_without_sampling_settings_keeps_the_schema(serve: Any, tmp_path: Path) -> None:
