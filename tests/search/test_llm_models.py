@@ -185,17 +185,16 @@ def test_the_schema_allows_all_encoders_of_the_space_and_no_others(narrow: dict[
     for env in ("lacer/KnownSources-v0", "lacer/MixedTraffic-v0"):
         space = EncoderSpace(task_card(env), narrow, optional_sources=optional)
         schema, rng, seen = reply_schema(space, 2), random.Random(0), set()
-        for _ in range(150):
+        for _ in range(100):
             for a in parse_reply(json.dumps(sample(schema, rng, schema)), space, 2):
                 assert a.point is not None, a.error
                 seen.update(a.point.items())
         options = {(d.name, o) for d in space.decisions for o in d.options}
-        assert len(options - seen) <= 0.03 * len(options)  # the rarest may not have been drawn
+        assert len(options - seen) <= 0.05 * len(options)  # the rarest may not have been drawn
 
 
-# -- servers in both formats -----------------------------------------------------------------------------------------
+# -- servers ---------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("provider", ["openai", "anthropic"])
 @pytest.mark.parametrize(("replies", "fields", "designers", "reason"), [
     ([answer(spec(128))], {}, ["lacer"], ""),
     ([answer(spec(32))], {}, ["lacer", "lacer", "lacer", "evolution"], "the same as #0"),  # repeats itself
@@ -207,18 +206,26 @@ def test_the_schema_allows_all_encoders_of_the_space_and_no_others(narrow: dict[
     ([{"endless": True}], {}, ["evolution"], "sent more than 1,000,000 bytes"),
     ([{"text": answer(spec(16))["text"][:80], "finish": "length"}], {"repairs": 0}, ["lacer", "evolution"], "cut off"),
 ])
-def test_every_kind_of_server_in_both_formats(
-        serve: Any, study: Study, provider: str, replies: list[dict[str, Any]], fields: dict[str, Any],
-        designers: list[str], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_kind_of_server_in_the_format_of_anthropic(
+        serve: Any, study: Study, replies: list[dict[str, Any]], fields: dict[str, Any], designers: list[str],
+        reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What test_llm.py checks in OpenAI's."""
     monkeypatch.setattr(server, "MAX_BODY", 1_000_000)
     s = serve(*replies)
-    made = Lacer(llm=config(s, provider, **fields)).propose(study, 1)
+    made = Lacer(llm=config(s, "anthropic", **fields)).propose(study, 1)
+    assert {r["path"] for r in s.requests} == {"/v1/messages"}
     assert [p.designer for p in made] == designers
     assert reason in "".join(p.rejected for p in made) + made[-1].rationale
     if "Retry-After" in json.dumps(replies):
         first, second = s.requests
         assert 1.0 <= second["at"] - first["at"] < 2.0
     record(study, made)
+
+
+def test_an_answer_without_end_is_not_read_to_it(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "MAX_BODY", 1_000_000)
+    with pytest.raises(LLMError, match="sent more than 1,000,000 bytes"):
+        LLMClient(config(serve({"endless": True}))).complete(SYSTEM, SCHEMA)
 
 
 def test_retry_after_as_a_date(serve: Any) -> None:
