@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import sys
 import time
@@ -62,10 +63,14 @@ class Human:
     def _read(self) -> str:
         lines: list[str] = []
         size = 0
-        if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(errors="replace")
+        if isinstance(sys.stdin, io.TextIOWrapper) and sys.stdin.errors != "replace":
+            with contextlib.suppress(io.UnsupportedOperation):  # somebody has read from it before
+                sys.stdin.reconfigure(errors="replace")
         while True:
-            line = sys.stdin.readline()
+            try:
+                line = sys.stdin.readline()
+            except UnicodeDecodeError as e:
+                raise LLMError(f"standard input holds what is no text: {e}") from None
             if not line and not lines:
                 raise LLMError("there are no more answers on standard input")
             if not line or line.rstrip("\r\n") == END:

@@ -387,6 +387,8 @@ def test_a_person_at_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         person = Human(False, None)
         person.check()
         assert person.ask(SYSTEM).text == "once\ufffd more\n"
+        os.write(driver, b"again\n.\n")
+        assert person.ask(SYSTEM).text == "again\n"
     os.close(driver)
     assert "cuts lines" in capsys.readouterr().err
     for wrong in ("human:", "human:me", "humna"):
