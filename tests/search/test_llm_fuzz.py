@@ -14,7 +14,7 @@ import pytest
 
 from lacer.search.config import SearchConfig
 from lacer.search.designers.base import designers
-from lacer.search.llm import LLMClient, LLMConfig, parse_reply, render, reply_schema
+from lacer.search.llm import LLMClient, LLMConfig, parse_reply, reply_schema
 from lacer.search.llm.base import MAX_REPLY
 from lacer.search.llm.prompt import quoted
 from lacer.search.llm.reply import MAX_TEXT, clean
@@ -174,7 +174,6 @@ def check_designer(name: str, n: int, seed: int, sizes: tuple[int, ...], folder:
             record(study, made)
             proposals += len(made)
         repairs += check_feedback(study, run / "llm_transcript.jsonl")
-        render(study, 1).encode()
         (run / "llm_transcript.jsonl").unlink()
         recorded.unlink()
     assert proposals >= n / 4

@@ -22,9 +22,8 @@ import pytest
 from lacer.envs import task_card
 from lacer.search import search
 from lacer.search.designers.base import designers
-from lacer.search.llm import LLMClient, LLMConfig, parse_reply, render, reply_schema
+from lacer.search.llm import LLMClient, LLMConfig, parse_reply, prompts, reply_schema
 from lacer.search.space import EncoderSpace
-from lacer.search.study import Study
 from tests.search.conftest import TINY
 
 pytestmark = pytest.mark.local_llm
@@ -46,8 +45,9 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of the server."""
     folder = tmp_path_factory.mktemp("llama")
     space = EncoderSpace(task_card(TINY["env"], **TINY["env_kwargs"]))
-    (folder / "prompt").write_text(render(Study(space), 1))
-    subprocess.run([python(), str(Path(__file__).with_name("tiny_llama.py")), folder / "tiny.gguf", folder / "prompt"],
+    words = [p.read_text() for p in sorted(Path(prompts.__path__[0]).rglob("*.md"))]
+    (folder / "words").write_text("\n".join([*words, json.dumps(reply_schema(space, 1))]))
+    subprocess.run([python(), str(Path(__file__).with_name("tiny_llama.py")), folder / "tiny.gguf", folder / "words"],
                    check=True)
     assert (folder / "tiny.gguf").stat().st_size < 1_000_000
     with socket.socket() as s:
