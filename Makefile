@@ -6,11 +6,12 @@ ARGS ?=
 FOLDERS := envs encoders agents search configs
 FILES := $(sort $(wildcard $(foreach d,$(FOLDERS),$(d)/* $(d)/*/* $(d)/*/*/*)))
 
-.PHONY: help install search test test-slow test-faults test-ray test-postgres check dist clean FORCE
+.PHONY: help install search test test-slow test-faults test-ray test-postgres test-local-llm check dist clean FORCE
 
 help:
 	@echo "make search      search an encoder on SUMO traffic (installs first; about 6 minutes after that)"
-	@echo "make test        all fast tests;  make test-slow: the slow ones; test-faults, test-ray, test-postgres: more"
+	@echo "make test        all fast tests;  make test-slow: the slow ones; test-faults, test-ray, test-postgres,"
+	@echo "                 test-local-llm: more"
 	@echo "make check       ruff and mypy;   make dist: build the wheel"
 
 install: $(VENV)/ready
@@ -34,7 +35,7 @@ search: install
 	$(BIN)/lacer search --config quick $(ARGS)
 
 test: install
-	$(BIN)/pytest -m "not (slow or faults or ray or postgres)" -n 2 --dist worksteal $(ARGS)
+	$(BIN)/pytest -m "not (slow or faults or ray or postgres or local_llm)" -n 2 --dist worksteal $(ARGS)
 
 test-slow: install
 	$(BIN)/pytest -m slow $(ARGS)
@@ -49,6 +50,11 @@ test-ray: install
 test-postgres: install
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[postgres]' --config-settings editable_mode=strict
 	$(BIN)/pytest -m postgres $(ARGS)
+
+# Builds llama.cpp from source: about five minutes, once.
+test-local-llm: install
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[local-llm]' --config-settings editable_mode=strict
+	$(BIN)/pytest -m local_llm $(ARGS)
 
 check: install
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from lacer.agents import Cost, Evaluation
-from lacer.search.designers.base import Designer
+from lacer.search.designers.base import Designer, DesignerStopped
 from lacer.search.executors import Event, Executor, InProcess, Job
 from lacer.search.study import Proposal, Study, Trial
 
@@ -119,18 +119,25 @@ class Engine:
 
         Raises:
             LacerError: the study cannot be written, or the designer cannot work at all.
+            DesignerStopped: after what runs is finished.
         """
+        stopped: DesignerStopped | None = None
         asker = _Asker(self.designer, self.executor, inline=isinstance(self.executor, InProcess))
         try:
             while True:
                 stop = self._spent()
-                wanted = 0 if stop is not None or asker.busy else self._wanted()
+                wanted = 0 if stop is not None or stopped is not None or asker.busy else self._wanted()
                 if wanted:
                     asker.ask(self._view(), wanted, self._news())
-                proposals = asker.answers()
+                try:
+                    proposals = asker.answers()
+                except DesignerStopped as e:
+                    stopped, proposals = e, list(e.proposals)
                 for proposal in proposals:
                     self._admit(proposal)
                 self._submit(late=stop == "seconds")
+                if stopped is not None and not self._running and (not self._pending or stop == "seconds"):
+                    raise stopped
                 if stop is not None and not self._running and not asker.busy and (
                         not self._pending or stop == "seconds"):
                     return self._why_ended(stop)
@@ -296,7 +303,10 @@ class _Asker:
     def ask(self, view: Study, n: int, news: list[Trial]) -> None:
         self.busy = True
         if self._inline:
-            self._answers.put(self._ask(view, n, news))
+            try:
+                self._answers.put(self._ask(view, n, news))
+            except DesignerStopped as e:
+                self._answers.put(e)
             return
         if self._thread is None:
             self._thread = threading.Thread(target=self._serve, daemon=True)

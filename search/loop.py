@@ -29,7 +29,7 @@ from lacer.search.designers.base import Designer, designer_class, make_plain
 from lacer.search.engine import MAX_REJECTIONS, Budget, Engine, Listener
 from lacer.search.executors import Event, Executor, InProcess, ProcessPool
 from lacer.search.files import read_json, write_config, write_whole
-from lacer.search.outcome import EXPERT, NOOP, WINNER, Outcome
+from lacer.search.outcome import EXPERT, NOOP, WINNER, Outcome, describe_usage, total_usage
 from lacer.search.progress import Display, clock, result_line
 from lacer.search.space import EncoderSpace, Point, SearchSpace, load_space, read_space
 from lacer.search.storage import check_server, has_password, sqlite_url, study_names, without_password
@@ -116,16 +116,19 @@ def make_designer(name: str, config: SearchConfig, folder: Path) -> Designer:
     cls = designer_class(name)
     if not cls.needs_llm:
         return make_plain(name, config.seed)
-    from lacer.search.llm.client import LLMConfig
+    from lacer.search.llm.base import llm_config
 
     if not config.llm:
         raise LacerError(f"the designer {name!r} needs an LLM: add e.g. --llm openai:MODEL (and OPENAI_API_KEY, or "
                          "--llm-base-url for a local server), or choose one that needs none, see `lacer designers`")
-    llm = LLMConfig(model=config.llm, base_url=config.llm_base_url, temperature=config.llm_temperature,
-                    timeout=config.llm_timeout, seed=config.seed)
-    designer = cls(config.seed, llm=llm, run_dir=folder, batch=config.batch)  # type: ignore[call-arg]
+    designer = cls(config.seed, llm=llm_config(config), run_dir=folder, batch=config.batch)  # type: ignore[call-arg]
     designer.check()  # type: ignore[attr-defined]
     return designer
+
+
+def asks_a_person(config: SearchConfig) -> bool:
+    """Whether the language model is somebody at this terminal."""
+    return (config.llm or "").startswith("human")
 
 
 @overload
@@ -332,7 +335,7 @@ class _Driver(Listener):
         self.config = plan.config
         if plan.config.storage is not None:  # what is shown and logged from here on
             self.config = plan.config.model_copy(update={"storage": without_password(plan.config.storage)})
-        self.display = Display(plan.card, plan.total_steps, quiet)
+        self.display = Display(plan.card, plan.total_steps, quiet, live=not asks_a_person(plan.config))
         self.start = time.monotonic()
         self.before = self._saved = float(study.get_attr("seconds") or 0.0)
         self.ended = ""
@@ -503,17 +506,13 @@ class _Driver(Listener):
     def outcome(self, finals: dict[str, Evaluation]) -> Outcome:
         """Everything found so far."""
         best = self.study.best
-        usage: dict[str, float] = {}
-        for t in self.study.trials:
-            for key in ("tokens_in", "tokens_out", "requests"):
-                usage[key] = usage.get(key, 0) + float(t.proposal.meta.get(key) or 0)
         provenance = read_json(self.folder / "versions.json")
         return Outcome(
             card=self.card, trials=self.study.trials, finals=finals, winner=None if best is None else best.number,
             config=self.config.model_dump(mode="json"),
             versions={**provenance["packages"], "platform": provenance["platform"], "git": provenance["git"] or "none"},
             command=f"lacer search --config {shlex.quote(str(self.folder / 'config.yaml'))} --out NEW_FOLDER",
-            seconds=self.seconds, usage=usage if any(usage.values()) else {})
+            seconds=self.seconds, usage=total_usage(self.study.trials))
 
     def _wandb(self) -> WandB | None:
         mode = wandb_mode(self.config.wandb)
@@ -547,6 +546,10 @@ def summary(result: SearchResult) -> str:
 
     folder, o = shlex.quote(str(result.folder)), result.outcome
     lines = [headline(o), "", f"Report: {result.report}   (took {clock(o.seconds)})"]
+    failed = sum("llm_failed" in t.proposal.meta for t in o.trials)
+    if o.usage or failed:
+        others = f"; {failed} encoder{'s' if failed != 1 else ''} proposed in its place" if failed else ""
+        lines.append(f"LLM: {describe_usage(o.usage)}{others}")
     if o.winner is not None:
         env = shlex.quote(str(o.config["env"]))
         lines += ["Next:", f"  lacer evaluate {folder}/best --episodes 20",

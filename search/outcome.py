@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ class Outcome:
         versions: versions of the packages.
         command: the command line that repeats the search.
         seconds: wall time so far.
-        usage: LLM tokens and requests, empty without an LLM.
+        usage: what the LLM took, as :attr:`Trial.usage` names it, summed by :func:`total_usage`; empty without an LLM.
     """
 
     card: TaskCard
@@ -46,6 +46,29 @@ class Outcome:
         """Trials, the best first; those without a result last, by number."""
         sign = self.card.objective.signed
         return sorted(self.trials, key=lambda t: (t.objective is None, -sign(t.objective or 0.0), t.number))
+
+
+def total_usage(trials: Iterable[Trial]) -> dict[str, float]:
+    """What a language model took for some trials, rejected ones included; empty if it was never asked."""
+    total: dict[str, float] = {}
+    for t in trials:
+        for key, value in t.usage.items():
+            total[key] = total.get(key, 0.0) + value
+    return total if total.get("requests") else {}
+
+
+def describe_usage(usage: Mapping[str, float]) -> str:
+    """``12 requests, 51,200 tokens in, 9,310 out, 41 s, 0.41 US dollars``."""
+    n = usage.get("requests", 0)
+    cost = usage.get("cost")
+    return (f"{n:,.0f} request{'' if n == 1 else 's'}, {usage.get('tokens_in', 0):,.0f} tokens in, "
+            f"{usage.get('tokens_out', 0):,.0f} out, {usage.get('seconds', 0):,.0f} s"
+            + ("" if cost is None else f", {dollars(cost)}"))
+
+
+def dollars(cost: float) -> str:
+    """``0.41 US dollars``; small sums in two significant digits."""
+    return f"{cost:,.2f} US dollars" if cost >= 0.1 or not cost else f"{cost:.2g} US dollars"
 
 
 def paired_difference(a: Evaluation, b: Evaluation, metric: str, seed: int = 0) -> tuple[float, float, float]:

@@ -15,6 +15,7 @@ from lacer.search.engine import MAX_REJECTIONS, Budget, Engine, Listener
 from lacer.search.executors import InProcess
 from lacer.search.loop import (
     WITHOUT_LLM,
+    asks_a_person,
     make_designer,
     make_executor,
     only_driver,
@@ -105,7 +106,7 @@ def _run(study: Study, designer: Any, function: Function, config: SearchConfig, 
     executor = make_executor(config, Path("/dev/null") if folder is None else folder / "workers.log", function)
     name = "" if isinstance(executor, InProcess) else reference(function)
     before = float(study.get_attr("seconds") or 0.0) if isinstance(study, StoredStudy) else 0.0
-    display = PointDisplay(study, config.candidates, quiet)
+    display = PointDisplay(study, config.candidates, quiet, live=not asks_a_person(config))
     engine = Engine(
         study, designer, executor,
         lambda trial, repeat: Call(function=name, point=trial.proposal.point or {}, seed=config.seed + repeat),

@@ -29,12 +29,13 @@ class Display:
     Args:
         card: the task, for the metric's name and unit.
         total_steps: environment steps of all training runs planned; the time left follows from it.
+        live: False: plain lines in a terminal too, because somebody types there.
     """
 
-    def __init__(self, card: TaskCard, total_steps: int, quiet: bool = False) -> None:
+    def __init__(self, card: TaskCard, total_steps: int, quiet: bool = False, live: bool = True) -> None:
         self.card, self.total, self.quiet = card, max(total_steps, 1), quiet
         self.console = Console(stderr=True, highlight=False)
-        self.live_mode = self.console.is_terminal and not quiet
+        self.live_mode = self.console.is_terminal and live and not quiet
         self._bars = Progress(TextColumn("{task.description}"), BarColumn(bar_width=24),
                               TextColumn("{task.fields[note]}"), console=self.console)
         self._overall = self._bars.add_task("search", total=self.total, note="")
@@ -114,15 +115,16 @@ class PointDisplay:
     Args:
         study: the search.
         candidates: how many there will be.
+        live: False: no bar, because somebody types in the terminal.
     """
 
-    def __init__(self, study: Study, candidates: int, quiet: bool = False) -> None:
+    def __init__(self, study: Study, candidates: int, quiet: bool = False, live: bool = True) -> None:
         console = Console(stderr=True, highlight=False)
         self._study, self._of = study, candidates
         self._console = None if quiet or console.is_terminal else console
         self._bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=24),
                              TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn(), console=console,
-                             transient=True, disable=quiet or not console.is_terminal)
+                             transient=True, disable=quiet or not live or not console.is_terminal)
         self._task = self._bar.add_task("search", total=candidates, completed=study.count("ok", "failed", "pruned"))
         self._bar.start()
 

@@ -38,8 +38,8 @@ from lacer.search.drawing import (
     number,
     progress_plot,
 )
-from lacer.search.outcome import EXPERT, NOOP, WINNER, Outcome, paired_difference
-from lacer.search.study import Trial
+from lacer.search.outcome import EXPERT, NOOP, WINNER, Outcome, describe_usage, paired_difference
+from lacer.search.study import USAGE, Trial
 
 _CLASSES = {NOOP: "noop", EXPERT: "expert", WINNER: "winner"}
 _INTERVAL = re.compile(r"\[[−\d.,e+ ]+\]")
@@ -155,7 +155,8 @@ def _context(outcome: Outcome, expert: EncoderSpec | None) -> dict[str, Any]:
         "finals": _finals(outcome, best), "encoders": _encoders(outcome, best, expert),
         "progress": _progress(outcome, best), "candidates": _candidates(outcome, best),
         "probes": _probes(outcome, best),
-        "total": total, "tokens": _tokens(outcome), "config": _yaml(outcome.config), "seeds": seeds,
+        "total": total, "tokens": _tokens(outcome), "usage": describe_usage(outcome.usage),
+        "config": _yaml(outcome.config), "seeds": seeds,
         "encoder_style": Markup(ENCODER_STYLE), "colours": MODALITY_COLOURS, "meaning": MEANING,
     }
 
@@ -297,8 +298,9 @@ def _candidates(outcome: Outcome, best: Trial | None) -> list[dict[str, Any]]:
                       for name, s in card.sources.items()] if t.spec else [],
             "share": 100 * (1 - good if card.objective.direction == "minimize" else good),
             "reason": _cut(t.reason, room), "rationale": _cut(p.rationale, room), "designer": _cut(p.designer, 40),
-            "meta": [(_cut(k, 40), _cut(v, 200)) for k, v in list(p.meta.items())[:40]
-                     if isinstance(v, int | float) or (isinstance(v, str) and 0 < len(v) <= 200)][:8],
+            "usage": describe_usage(t.usage) if t.usage.get("requests") else "",
+            "meta": [(_cut(k, 40), _cut(v, 200)) for k, v in list(p.meta.items())[:40] if k not in USAGE
+                     and (isinstance(v, int | float) or (isinstance(v, str) and 0 < len(v) <= 200))][:8],
             "metrics": {_cut(k, 60): float(np.mean(v)) for k, v in list(e.metrics.items())[:12] if v} if e else {},
             "parent": parent.number if parent else None,
             "svg": Markup(draw_encoder(t.spec, card, e.cost.parameters_by_module if e else None,
@@ -352,11 +354,7 @@ def _designers(trials: Iterable[Trial]) -> list[tuple[str, int]]:
 
 def _tokens(outcome: Outcome) -> float | None:
     """All LLM tokens, None without an LLM."""
-    usage = outcome.usage
-    if "total_tokens" in usage:
-        return usage["total_tokens"]
-    parts = [v for k, v in usage.items() if "token" in k]
-    return sum(parts) if parts else None
+    return outcome.usage.get("tokens_in", 0) + outcome.usage.get("tokens_out", 0) if outcome.usage else None
 
 
 def _seeds(outcome: Outcome) -> list[tuple[str, str]]:

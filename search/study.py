@@ -41,6 +41,9 @@ class Proposal:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
 
+USAGE = ("tokens_in", "tokens_out", "requests", "seconds", "cost")
+"""Keys of ``Proposal.meta`` that count what a language model took, see :attr:`Trial.usage`."""
+
 TrialStatus = Literal["running", "ok", "failed", "pruned", "rejected"]
 
 _STATES: dict[TrialStatus, State] = {"running": "RUNNING", "ok": "COMPLETE", "failed": "FAIL", "pruned": "PRUNED",
@@ -78,6 +81,13 @@ class Trial:
     def tokens(self) -> int:
         """LLM tokens that the proposal cost, in and out."""
         return sum(int(self.proposal.meta.get(k) or 0) for k in ("tokens_in", "tokens_out"))
+
+    @property
+    def usage(self) -> dict[str, float]:
+        """What the LLM took for the proposal: ``tokens_in``, ``tokens_out``, ``requests``, ``seconds``, and ``cost`` in
+        US dollars where the prices are known; empty if it was not asked."""
+        meta = self.proposal.meta
+        return {k: float(meta[k]) for k in USAGE if k in meta} if "requests" in meta else {}
 
 
 class Study:

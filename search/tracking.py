@@ -48,6 +48,8 @@ class TensorBoard:
         for name, value in scalars(trial.evaluation, metric).items():
             writer.add_scalar(name, value, trial.evaluation.cost.env_steps)
             self._search.add_scalar(name, value, trial.number)
+        for name, value in trial.usage.items():
+            self._search.add_scalar(f"llm/{name}", value, trial.number)
         writer.close()
         if best is not None:
             self._search.add_scalar("best", best, trial.number)
@@ -84,6 +86,7 @@ class WandB:
         row: dict[str, Any] = {"trial": trial.number, "status": trial.status, "ncode": trial.ncode}
         if trial.evaluation is not None:
             row |= scalars(trial.evaluation, metric)
+        row |= {f"llm/{name}": value for name, value in trial.usage.items()}
         if best is not None:
             row["best"] = best
         self.run.log(row)
@@ -101,6 +104,8 @@ class WandB:
         self.run.log({"candidates": table})
         for name, evaluation in outcome.finals.items():
             self.run.summary[f"final/{name}/{metric}"] = evaluation.objective
+        for name, value in outcome.usage.items():
+            self.run.summary[f"llm/{name}"] = value
         self.run.summary["winner"] = outcome.winner
 
     def close(self, exit_code: int, timeout: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -72,6 +73,18 @@ def fresh_sample(study: Study, batch: list[Proposal], rng: np.random.Generator) 
     return study.space.sample(rng)
 
 
+class DesignerStopped(LacerError):
+    """A designer cannot go on, and nobody is to propose in its place. What runs is finished; the search can be resumed.
+
+    Attributes:
+        proposals: rejected ones that were made before, to be recorded.
+    """
+
+    def __init__(self, message: str, proposals: Sequence[Proposal] = ()) -> None:
+        super().__init__(message)
+        self.proposals = tuple(proposals)
+
+
 _DESIGNERS: dict[str, type[Designer]] = {}
 _loaded = False
 
@@ -113,5 +126,5 @@ def make_plain(name: str, seed: int) -> Designer:
     return cls(seed, variant=variant) if variant else cls(seed)  # type: ignore[call-arg]
 
 
-__all__ = ["Designer", "LacerError", "designer_class", "designer_names", "designers", "fresh_sample", "make_plain",
-           "register_designer", "unseen"]
+__all__ = ["Designer", "DesignerStopped", "LacerError", "designer_class", "designer_names", "designers",
+           "fresh_sample", "make_plain", "register_designer", "unseen"]

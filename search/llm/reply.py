@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import unicodedata
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lacer.encoders import FUSION, EncoderSpec, list_blocks
 from lacer.envs import LacerError
+from lacer.search.llm.base import MAX_REPLY
 from lacer.search.space import CONDITION, UNUSED, EncoderSpace, Point
 
 MAX_TEXT = 2000
 """Characters of a rationale or raw reply that are kept in the study."""
+LONGEST_RATIONALE = 600
+"""Characters of a rationale that a server may write where it keeps to the schema."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Answer:
         rationale: the model's reason.
         expected: the objective that the model expects, None if it named none.
         based_on: numbers of the trials that it says it started from.
+        problem: what it says holds the score back.
     """
 
     point: Point | None = None
@@ -32,22 +37,33 @@ class Answer:
     rationale: str = ""
     expected: float | None = None
     based_on: tuple[int, ...] = ()
+    problem: str = ""
 
 
 def clean(text: object, limit: int = MAX_TEXT) -> str:
     """Text of a model, fit for terminals, files and databases: no control characters, no lone surrogates."""
-    kept = "".join(c for c in str(text) if c in "\n\t" or unicodedata.category(c)[0] != "C")
+    try:
+        text = str(text)
+    except (ValueError, RecursionError):  # lists in lists in lists ...
+        text = f"({type(text).__name__} too large to show)"
+    kept = "".join(c for c in text[:10 * limit] if c in "\n\t" or unicodedata.category(c)[0] != "C")
     return kept if len(kept) <= limit else kept[:limit - 4] + " ..."
 
 
-def find_json(text: str) -> dict[str, Any]:
+def find_json(text: str, wanted: Sequence[str] = ()) -> dict[str, Any]:
     """The JSON object in a text that may have prose, code fences or several objects around it; the last one that
     looks like a reply.
 
+    Args:
+        text: the reply.
+        wanted: keys of the object that is looked for; default: those of encoders.
+
     Raises:
-        LacerError: if there is none, with the place of the first mistake.
+        LacerError: if there is none, with the place of the first mistake, or the text is too long.
     """
-    decoder = json.JSONDecoder()
+    if len(text) > MAX_REPLY:
+        raise LacerError(f"the reply is longer than {MAX_REPLY:,} characters; send one JSON object and nothing else")
+    decoder = json.JSONDecoder(strict=False)  # line breaks and control characters in strings; :func:`clean` drops them
     found: list[dict[str, Any]] = []
     problem, at = "", text.find("{")
     for _ in range(200):
@@ -62,6 +78,13 @@ def find_json(text: str) -> dict[str, Any]:
             continue
         found.append(value)
         at = text.find("{", end)
+    if wanted:
+        whole = [v for v in found if all(key in v for key in wanted)]
+        if whole:
+            return whole[-1]
+        form = json.dumps(dict.fromkeys(wanted, "..."))
+        raise LacerError(f"the reply is not valid JSON: {problem}" if problem else
+                         f"the reply holds no JSON object with {', '.join(map(json.dumps, wanted))}; send {form}")
     fitting = [v for v in found if "encoders" in v or "encoder" in v or "sources" in v]
     # A part of a broken object must not pass for the whole: only a real reply may follow a mistake.
     if fitting and (not problem or any("encoders" in v for v in fitting)):
@@ -95,13 +118,13 @@ def _answer(item: Any, space: EncoderSpace) -> Answer:
         expected = None  # NaN too
     based_on = item.get("based_on")
     based_on = tuple(i for i in (based_on if isinstance(based_on, list) else [based_on]) if type(i) is int)[:8]
-    rationale = clean(item.get("rationale") or "")
+    rationale, problem = clean(item.get("rationale") or ""), clean(item.get("problem") or "", 500)
     try:
         bare = {k: item[k] for k in ("sources", "fusion", "routing") if k in item}
         point = to_point(item.get("encoder", bare), space)
     except LacerError as e:
-        return Answer(None, clean(e, 500), rationale, expected, based_on)
-    return Answer(point, "", rationale, expected, based_on)
+        return Answer(None, clean(e, 500), rationale, expected, based_on, problem)
+    return Answer(point, "", rationale, expected, based_on, problem)
 
 
 def to_point(encoder: Any, space: EncoderSpace) -> Point:
@@ -118,29 +141,76 @@ def to_point(encoder: Any, space: EncoderSpace) -> Point:
     return space.from_spec(EncoderSpec.parse(encoder, space.card))
 
 
-def reply_schema(space: EncoderSpace, k: int) -> dict[str, Any]:
-    """JSON schema of a reply with ``k`` encoders out of the space."""
-    def closed(properties: dict[str, Any], required: list[str] | None = None) -> dict[str, Any]:
-        return {"type": "object", "properties": properties, "additionalProperties": False,
-                "required": list(properties) if required is None else required}
+ASKED: dict[str, dict[str, Any]] = {
+    "problem": {"type": "string", "maxLength": LONGEST_RATIONALE},
+    "rationale": {"type": "string", "maxLength": LONGEST_RATIONALE},
+    "based_on": {"type": "array", "items": {"type": "integer"}, "maxItems": 8}, "expected": {"type": "number"}}
+"""What a model can be asked for with every encoder."""
 
-    def part(name: str) -> dict[str, Any]:
-        options = []
-        for block in space.by_name[f"{name}.block"].options:
-            if block != UNUSED or name == FUSION:
-                fields = {f: {"enum": list(d.options)} for f, d in space.fields(name, block).items()}
-                modality = FUSION if name == FUSION else space.card.sources[name].modality
-                free = list_blocks(modality)[modality, block].conditions()
-                options.append(closed({"block": {"enum": [block]}, **fields},
-                                      ["block", *(f for f in fields if f not in free)]))
-        return {"anyOf": options}
 
+def reply_schema(space: EncoderSpace, k: int,
+                 ask: Sequence[str] = ("rationale", "based_on", "expected")) -> dict[str, Any]:
+    """JSON schema of a reply with ``k`` encoders out of the space, each with some of :data:`ASKED`.
+
+    A reply that keeps to it holds valid encoders only: what depends on something else (fields of a block on another
+    field, the routing on the fusion and on the used sources, at least one used source) is written out as alternatives.
+    It uses only what the grammars of llama.cpp, and so Ollama, know: no conditions, no ``minProperties``.
+    """
     names = list(space.card.sources)
     needed = [n for n in names if UNUSED not in space.by_name[f"{n}.block"].options]
-    routing = {} if CONDITION not in space.by_name else {
-        "routing": closed({"condition": {"enum": list(space.by_name[CONDITION].options)}})}
-    encoder = closed({"sources": closed({n: part(n) for n in names}, needed), "fusion": part(FUSION), **routing},
-                     ["sources", "fusion"])
-    one = closed({"rationale": {"type": "string"}, "based_on": {"type": "array", "items": {"type": "integer"}},
-                  "expected": {"type": "number"}, "encoder": encoder})
-    return closed({"encoders": {"type": "array", "items": one, "minItems": k, "maxItems": k}})
+    usable = [n for n in names if space.by_name[f"{n}.block"].options != (UNUSED,)]
+    defs = {n: {"anyOf": _blocks(space, n, space.by_name[f"{n}.block"].options)} for n in usable}
+
+    def sources(optional: list[str], required: list[str]) -> dict[str, Any]:
+        return _closed({n: {"$ref": f"#/$defs/{n}"} for n in usable if n in optional or n in required},
+                       [n for n in usable if n in required])
+
+    routing = space.by_name.get(CONDITION)
+    fusions = space.by_name[f"{FUSION}.block"].options
+    conditioned = routing.asked_for if routing is not None else ()
+    plain = [f for f in fusions if f not in conditioned]
+    encoders: list[dict[str, Any]] = []
+    if plain:
+        defs[FUSION] = {"anyOf": _blocks(space, FUSION, plain)}
+        # The first used source tells the alternatives apart, so that none allows an encoder without a source.
+        for i, first in enumerate(usable[:1] if needed else usable):
+            parts = sources(usable if needed else usable[i + 1:], needed or [first])
+            encoders.append(_closed({"sources": parts, "fusion": {"$ref": f"#/$defs/{FUSION}"}}))
+    if routing is not None and conditioned:
+        defs["conditioned"] = {"anyOf": _blocks(space, FUSION, conditioned)}
+        for name in routing.options:
+            encoders.append(_closed({"sources": sources(usable, [*needed, name]),
+                                     "fusion": {"$ref": "#/$defs/conditioned"},
+                                     "routing": _closed({"condition": {"enum": [name]}})}))
+    one = _closed({**{key: ASKED[key] for key in ask}, "encoder": {"anyOf": encoders}})
+    return {**_closed({"encoders": {"type": "array", "items": one, "minItems": k, "maxItems": k}}), "$defs": defs}
+
+
+def _closed(properties: dict[str, Any], required: list[str] | None = None) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "additionalProperties": False,
+            "required": list(properties) if required is None else required}
+
+
+def _blocks(space: EncoderSpace, part: str, options: Iterable[Any]) -> list[dict[str, Any]]:
+    """One object for every block of a source or of the fusion; several for a block with fields that have an effect with
+    some values of another field only."""
+    modality = FUSION if part == FUSION else space.card.sources[part].modality
+    out = []
+    for block in options:
+        if block == UNUSED and part != FUSION:
+            continue
+        fields = {f: d.options for f, d in space.fields(part, block).items()}
+        conditions = {f: c for f, c in list_blocks(modality)[modality, block].conditions().items() if f in fields}
+        variants = [fields]
+        for other in dict.fromkeys(o for o, _ in conditions.values()):
+            # Values of the other field that switch the same fields on belong together.
+            kinds: dict[tuple[str, ...], list[Any]] = {}
+            for value in fields.get(other, ()):
+                on = tuple(f for f, (o, values) in conditions.items() if o == other and value in values)
+                kinds.setdefault(on, []).append(value)
+            off = {f for f, (o, _) in conditions.items() if o == other}
+            variants = [{f: tuple(values) if f == other else v[f] for f in v if f not in off or f in on}
+                        for v in variants for on, values in kinds.items()]
+        out += [_closed({"block": {"enum": [block]}, **{f: {"enum": list(o)} for f, o in v.items()}})
+                for v in variants]
+    return out

@@ -3,13 +3,16 @@
 Usage: ``python llm_server.py SCRIPT``, SCRIPT being JSON text or a file name: ``{"replies": [...], "formats": [...]}``.
 It prints its port, and answers the n-th POST with the n-th reply, later ones with the last. A reply is one of
 
-- ``{"text": "..."}``: a completion (``"finish": "length"``: cut off by the token limit);
+- ``{"text": "..."}``: a completion (``"finish": "length"``: cut off by the token limit); where the request has a tool,
+  in a call of it; ``"times": N``: the text N times over;
 - ``{"status": 429, "headers": {...}, "body": ...}``: an error or a redirect;
 - ``{"raw": "..."}``: HTTP 200 with a body that is no completion;
 - ``{"hang": true}``: never answers; ``{"trickle": true}``: one blank every 50 ms, for ever;
-- ``{"cut": true}``: stops in the middle of the body.
+- ``{"cut": true}``: stops in the middle of the body; ``{"endless": true}``: never stops.
 
-``formats``: response formats that the server takes, any if absent; others get 400 and use up no reply.
+``formats``: forms that the server takes (``tool`` and response formats), any if absent; others get the status
+``refuse`` (400) and use up no reply. ``"sampling": false``: so do requests with a temperature. ``"tools": false``:
+tools are taken and ignored. ``"usage": false``: no tokens are counted.
 ``GET /requests`` gives all requests so far: path, headers, body and seconds since the start.
 """
 
@@ -48,15 +51,17 @@ def main(script: dict[str, Any]) -> None:
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            form = body.get("response_format", {}).get("type", "plain")
+            form = body.get("response_format", {}).get("type", "tool" if "tools" in body else "plain")
             with lock:
                 seen.append({"path": self.path, "headers": {k.lower(): v for k, v in self.headers.items()},
                              "body": body, "at": time.monotonic() - start})
-                refused = form not in script.get("formats", [form])
+                hot = "temperature" in body and not script.get("sampling", True)
+                refused = hot or form not in script.get("formats", [form])
                 reply = script["replies"][min(used[0], len(script["replies"]) - 1)]
                 used[0] += not refused
             if refused:
-                self.send(400, json.dumps({"error": {"message": f"response_format {form} is unknown"}}).encode(), {})
+                error = {"error": {"message": f"unknown: {'temperature' if hot else form}"}}
+                self.send(script.get("refuse", 400), json.dumps(error).encode(), {})
             elif "status" in reply:
                 error = reply.get("body", {"error": {"message": "scripted"}})
                 self.send(reply["status"], json.dumps(error).encode(), reply.get("headers", {}))
@@ -70,10 +75,18 @@ def main(script: dict[str, Any]) -> None:
             elif reply.get("cut"):
                 self.send(200, b'{"id": "x", "choices": [{"mess', {}, claim=10**4)
                 self.close_connection = True
+            elif reply.get("endless"):
+                self.send(200, b'{"id": "', {}, claim=10**12)
+                while True:
+                    self.wfile.write(b"x" * 100_000)
             elif "raw" in reply:
                 self.send(200, reply["raw"].encode(), {})
             else:
-                self.send(200, json.dumps(completion(self.path, body, reply)).encode(), {})
+                called = "tools" in body and script.get("tools", True)
+                done = completion(self.path, body, reply, called)
+                if not script.get("usage", True):
+                    done["usage"] = dict.fromkeys(done["usage"], 0)
+                self.send(200, json.dumps(done).encode(), {})
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
@@ -81,16 +94,35 @@ def main(script: dict[str, Any]) -> None:
     server.serve_forever()
 
 
-def completion(path: str, body: dict[str, Any], reply: dict[str, Any]) -> dict[str, Any]:
-    """The reply in the form of OpenAI or, on ``/messages``, of Anthropic. Tokens: 1000 in, 100 out."""
+def completion(path: str, body: dict[str, Any], reply: dict[str, Any], called: bool) -> dict[str, Any]:
+    """The reply in the form of OpenAI or, on ``/messages``, of Anthropic; ``called``: as a call of the request's tool.
+    Tokens: 1000 in, 100 out."""
+    text, cut = reply["text"] * reply.get("times", 1), reply.get("finish") == "length"
     if path.endswith("/messages"):
-        return {"id": "m", "type": "message", "role": "assistant", "model": body["model"],
-                "content": [{"type": "text", "text": reply["text"]}], "stop_reason": "end_turn", "stop_sequence": None,
+        content: dict[str, Any] = {"type": "text", "text": text}
+        if called:
+            content = {"type": "tool_use", "id": "t", "name": body["tools"][0]["name"], "input": arguments(text)}
+        return {"id": "m", "type": "message", "role": "assistant", "model": body["model"], "content": [content],
+                "stop_reason": "max_tokens" if cut else "tool_use" if called else "end_turn", "stop_sequence": None,
                 "usage": {"input_tokens": 1000, "output_tokens": 100}}
+    message: dict[str, Any] = {"role": "assistant", "content": text}
+    if called:
+        function = {"name": body["tools"][0]["function"]["name"], "arguments": text}
+        message = {"role": "assistant", "content": None,
+                   "tool_calls": [{"id": "t", "type": "function", "function": function}]}
     return {"id": "c", "object": "chat.completion", "created": 1, "model": body["model"],
-            "choices": [{"index": 0, "message": {"role": "assistant", "content": reply["text"]},
-                         "finish_reason": reply.get("finish", "stop")}],
+            "choices": [{"index": 0, "message": message,
+                         "finish_reason": reply.get("finish", "tool_calls" if called else "stop")}],
             "usage": {"prompt_tokens": 1000, "completion_tokens": 100, "total_tokens": 1100}}
+
+
+def arguments(text: str) -> Any:
+    """Arguments of a tool in Anthropic's format, which are an object."""
+    try:
+        data = json.loads(text)
+    except ValueError:
+        data = None
+    return data if isinstance(data, dict) else {"said": text}
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def make_outcome(n: int = 8, seed: int = 0, *, minimize: bool = False, finals: b
         card=card, trials=tuple(trials), finals={}, winner=None,
         config={"env": card.env_id, "designer": "llm", "budget": n, "expert": expert.to_dict(), "note": text},
         versions={"lacer": "0.1.0", "python": "3.11"}, command=f"lacer search --env {card.env_id}", seconds=412.0,
-        usage={"requests": 9, "input_tokens": 51_200, "output_tokens": 9_310})
+        usage={"requests": 9, "tokens_in": 51_200, "tokens_out": 9_310, "seconds": 41.2, "cost": 0.41})
     best = next(iter(out.ranked()), None)
     done = {}
     if best is not None and best.objective is not None and finals:
