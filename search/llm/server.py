@@ -149,7 +149,7 @@ class Server:
 
         if self._at_openai:
             return OpenAIChatModel(self.name, provider=OpenAIProvider(base_url=url, api_key=key, http_client=http))
-        assert self.url is not None
+        assert url is not None
         # Other servers know the older field max_tokens, and only some the newer one.
         profile = OpenAIModelProfile(openai_chat_supports_max_completion_tokens=False)
         return OpenAIChatModel(self.name, provider=OpenAICompatibleProvider(
