@@ -44,15 +44,19 @@ def reference(function: Callable[..., Any]) -> str:
         LacerError: for functions that only this process knows: lambdas, inner functions, those of the main script.
     """
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
-    if module in (None, "__main__") or name is None or "<" in name or _find(f"{module}:{name}") is not function:
+    if module in (None, "__main__") or name is None or "<" in name or find(f"{module}:{name}") is not function:
         raise LacerError(f"worker processes cannot find the objective {name or function!r}: put it at the top level of "
                          "a module that can be imported, or use executor=\"inprocess\"")
     return f"{module}:{name}"
 
 
-def _find(path: str) -> Any:
+def find(path: str) -> Any:
+    """The function at ``module:name``. Raises LacerError if there is none."""
     module, _, name = path.partition(":")
-    found: Any = importlib.import_module(module)
+    try:
+        found: Any = importlib.import_module(module)
+    except ImportError as e:
+        raise LacerError(f"cannot import {path}: {e}") from None
     for part in name.split("."):
         if not hasattr(found, part):
             raise LacerError(f"{module} has no function {name!r}{did_you_mean(part, dir(found))}")
@@ -62,8 +66,4 @@ def _find(path: str) -> Any:
 
 def perform(request: Call) -> Evaluation:
     """The evaluation of a call, its function imported by name. Raises LacerError if there is none."""
-    try:
-        function = _find(request.function)
-    except ImportError as e:
-        raise LacerError(f"cannot import the objective {request.function}: {e}") from None
-    return call(function, request.point, request.seed)
+    return call(find(request.function), request.point, request.seed)

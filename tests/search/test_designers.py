@@ -19,7 +19,7 @@ from lacer.search.space import EncoderSpace, Point
 from lacer.search.storage import sqlite_url
 from lacer.search.study import Proposal, StoredStudy, Study
 
-PLAIN = [name for name, cls in designers().items() if not cls.needs_llm]
+PLAIN = [name for name, cls in designers().items() if not (cls.needs_llm or cls.trains)]
 CARD = task_card("lacer/KnownSources-v0")
 SPACE = EncoderSpace(CARD)
 TINY = EncoderSpace(CARD, {f"{s}.block": [b] for s, b in {
