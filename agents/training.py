@@ -31,7 +31,7 @@ from lacer.agents.ppo import Diverged, Progress, Report, attempt, evaluate, make
 from lacer.agents.vec import EncoderVecEnv
 from lacer.encoders import TextTable
 from lacer.encoders.supernet import DartsSupernet, SharedSupernet
-from lacer.envs import task_card
+from lacer.envs import LacerError, task_card
 from lacer.envs.vec import StartMethod, close_vec, make_vec
 
 Supernet = DartsSupernet | SharedSupernet
@@ -170,7 +170,10 @@ def run_training(job: Training, report: Report = lambda _: None, *, start_method
     function: Callable[[Session], Evaluation] = find(job.function)
 
     with Session(job, report, start_method) as session:
-        result = attempt(lambda: function(session), job.seed)
+        try:
+            result = attempt(lambda: function(session), job.seed)
+        except LacerError as e:  # the environment's, or no encoder of the space can be built
+            result = Evaluation.failure(str(e), job.seed)
         if result.status != "ok":
             result.cost.env_steps = session.steps
         return result

@@ -3,9 +3,9 @@
 The worker imports everything once and forks for each run, so a run starts at once, has its own memory (one SUMO per
 process) and can be killed without harm. It speaks JSON lines: requests on standard input,
 ``{"key", "request", "call" or "training", "timeout", "memory"}``; on standard output ``{"ready"}``,
-``{"key", "progress"}`` and ``{"key", "evaluation"}``. Nothing but such lines goes out; stray prints go to standard error. At the end of its input
-(the driver is gone) it kills what is running and ends. With the argument ``calls`` it evaluates plain functions only,
-and starts without torch.
+``{"key", "progress"}`` and ``{"key", "evaluation"}``. Nothing but such lines goes out; stray prints go to standard
+error. At the end of its input (the driver is gone) it kills what is running and ends. With the argument ``calls`` it
+evaluates plain functions only, and starts without torch.
 """
 
 from __future__ import annotations

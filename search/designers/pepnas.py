@@ -30,9 +30,9 @@ class Pepnas(TrainingDesigner):
     """PEPNAS: NSGA-II on score and size; individuals inherit weights and train longer every generation
 
     Xue et al. 2024 (IEEE TEVC, doi 10.1109/TEVC.2024.3393304). Two objectives, the task metric and the number of
-    parameters, by the selection of NSGA-II (Deb et al. 2002). Progressive evaluation: generation g gets a share of the
-    steps in proportion to g, divided equally among all individuals; survivors go on with their weights, children begin
-    with those of their parents' tensors that fit (same block, name and shape). Sub-population preservation: eliminated
+    parameters, by the selection of NSGA-II (Deb et al. 2002). Progressive evaluation: an individual's steps
+    grow in proportion to the generation; survivors go on with their weights, children begin with those of their
+    parents' tensors that fit (same block, name and shape). Sub-population preservation: eliminated
     individuals larger than the mean survivor are kept aside, the best of them, half as many as the population, and
     trained on; every third generation those within 0.08 of the best come back.
 
@@ -211,7 +211,9 @@ def train(session: Session) -> Evaluation:
     job = session.job
     o = job.options
     space = EncoderSpace(session.card, job.decisions)
-    shares = [g / sum(range(1, o["generations"] + 1)) for g in range(1, o["generations"] + 1)]
+    # An individual gets steps in proportion to the generation; from the second one on there are parents and children.
+    weight = [g * min(g, 2) for g in range(1, o["generations"] + 1)]
+    shares = [w / sum(weight) for w in weight]
     # Twice: an individual's episodes of evaluation may take as long as its rollout.
     fits = int(shares[0] * job.steps / (2 * session.rollout))
     population = Population(min(o["population"], max(SMALLEST, fits)), o["margin"], o["every"])
@@ -240,7 +242,7 @@ def train(session: Session) -> Evaluation:
             _train(session, i, max(1, int(each / session.rollout)), weights, specs, session.seed(1, g, i.number))
         population.end_generation(children)
         if not population.members:
-            raise LacerError("no encoder could be built and trained")
+            raise LacerError("no individual of the first generation could be built and trained")
         alive = {i.number for i in [*population.members, *population.aside]}
         weights = {n: w for n, w in weights.items() if n in alive}
         history.append({"generation": population.generation, "best": max(map(_score, population.members)),

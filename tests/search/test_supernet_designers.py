@@ -16,10 +16,9 @@ import pytest
 import torch
 
 from lacer.agents import Evaluation, PPOConfig, Protocol, Training
-from lacer.agents import training as agents_training
 from lacer.agents.ppo import Diverged, Progress
 from lacer.agents.training import PARTS, Alphas, Session, SupernetPolicy, run_training, train_supernet
-from lacer.encoders import EncoderSpec
+from lacer.encoders import EncoderSpec, TextTable
 from lacer.encoders.supernet import DartsSupernet, SupernetOptions
 from lacer.envs import LacerError, task_card
 from lacer.search import Decision, SearchSpace, search
@@ -166,6 +165,7 @@ def test_failed_trainings_are_recorded_and_replaced(name: str, tmp_path: Path, m
     assert [p.designer for p in make_plain(name, 0, **SMALL[name]).propose(study, 1)] == ["random"], "after a resume"
 
 
+@pytest.mark.slow
 def test_a_training_in_a_worker_has_limits_and_leaves_nothing(tmp_path: Path) -> None:
     events: list[Event] = []
     t = trainer(tmp_path, steps=10**7, executor=lambda: ProcessPool(1, tmp_path / "log", timeout=4.0),
@@ -228,14 +228,13 @@ def test_designer_kwargs_are_checked() -> None:
 # -- DARTS ------------------------------------------------------------------------------------------------------------
 
 
-def _net() -> DartsSupernet:
+def _net(table: TextTable) -> DartsSupernet:
     held = SupernetOptions.from_decisions(CARD, {d.name: d.options for d in SPACE.decisions})
-    return DartsSupernet(CARD, *held.candidates(CARD, agents_training.TextTable("hash"), per_part=4),
-                         agents_training.TextTable("hash"))
+    return DartsSupernet(CARD, *held.candidates(CARD, table, per_part=4), table)
 
 
 def test_darts_ranks_by_probability() -> None:
-    net, rng = _net(), np.random.default_rng(0)
+    net, rng = _net(TextTable("hash")), np.random.default_rng(0)
     with torch.no_grad():
         for alpha in net.arch_parameters():
             alpha.copy_(torch.as_tensor(rng.normal(size=len(alpha))))
@@ -247,8 +246,8 @@ def test_darts_ranks_by_probability() -> None:
     for spec, q in ranked:
         product = 1.0
         for name, options in net.sources.items():
-            product *= float(net.probability(name)[options.index(spec.sources.get(name))])
-        product *= float(net.probability("fusion")[net.fusions.index((spec.fusion, spec.condition))])
+            product *= net.probability(name)[options.index(spec.sources.get(name))].item()
+        product *= net.probability("fusion")[net.fusions.index((spec.fusion, spec.condition))].item()
         assert product == pytest.approx(q, rel=1e-4)
         expected += product
     assert expected <= 1.0
@@ -259,7 +258,7 @@ def test_darts_ranks_by_probability() -> None:
 def test_darts_shares_its_choices_among_the_blocks() -> None:
     held = SupernetOptions.from_decisions(CARD, {"position.block": ["linear", "mlp"], "fusion.block": ["concat"]})
     for n, want in ((2, 1), (6, 3), (1, 1)):
-        sources, fusions = held.candidates(CARD, agents_training.TextTable("hash"), per_part=n)
+        sources, fusions = held.candidates(CARD, TextTable("hash"), per_part=n)
         blocks = [c.block for c in sources["position"] if c is not None]
         assert (blocks.count("linear"), blocks.count("mlp")) == (want, want)
         assert len(fusions) == n
@@ -269,21 +268,20 @@ def _train(steps: int, part: Any = None, **kwargs: Any) -> Any:
     job = Training(function="-", env="lacer/KnownSources-v0", env_kwargs=KWARGS, decisions={}, protocol=PROTOCOL,
                    steps=steps, text_model="hash")
     with Session(job) as session:
-        return train_supernet(session, _net, part, **kwargs)
+        return train_supernet(session, lambda: _net(session.table), part, **kwargs)
 
 
 def test_alphas_move_as_asked() -> None:
     def moved(model: Any) -> float:
         assert isinstance(model.policy, SupernetPolicy)
-        return max(float(a.abs().max()) for a in model.policy.supernet.arch_parameters())  # type: ignore[union-attr]
+        return max(a.abs().max().item() for a in model.policy.supernet.arch_parameters())  # type: ignore[union-attr]
 
-    joint, faster, none = (moved(_train(256, alpha_rate=rate)) for rate in (1.0, 5.0, 0.0))
-    assert 0 < joint <= 8 * 1e-3 * 1.01, "Adam's steps, 8 minibatches"
+    joint, faster = (moved(_train(128, alpha_rate=rate)) for rate in (1.0, 5.0))
+    assert 0 < joint <= 4 * 1e-3 * 1.01, "Adam's steps, 4 minibatches"
     assert faster == pytest.approx(5 * joint, rel=0.5)
-    assert none == 0.0
     held = Alphas(3e-4, PROTOCOL.ppo)
-    model = _train(256, held, alpha_rate=0.0)
-    assert 0 < moved(model) <= 8 * 3e-4 * 2
+    model = _train(128, held, alpha_rate=0.0)
+    assert 0 < moved(model) <= 4 * 3e-4 * 2
     weights = {n: p for n, p in model.policy.named_parameters() if "alphas" not in n}
     assert all(p.requires_grad for p in weights.values())
     assert all(p.grad is None for p in model.policy.supernet.arch_parameters()), "PPO's clipping does not see them"
@@ -319,20 +317,20 @@ def test_enas_controller_concentrates_on_what_is_rewarded() -> None:
         return float((point["a"] == "y") + 0.5 * (point.get("b") == 3) + 0.5 * (point["c"] is False))
 
     good = 0
-    for seed in range(3):
+    for seed in range(2):
         torch.manual_seed(seed)
         rng, controller = np.random.default_rng(seed), Controller(BRANCHES)
         start = [float(np.exp(controller.log_probability(p))) for p in BRANCHES.points()]
         assert sum(start) == pytest.approx(1.0, abs=1e-5), "a distribution over the points"
         assert max(start) < 0.2
-        for _ in range(250):
+        for _ in range(200):
             sample = controller.sample()
             BRANCHES.check(sample.point)
             controller.learn(sample, 100 * (reward(sample.point) + rng.normal(0, 0.2)) - 1000)
         best = {"a": "y", "b": 3, "c": False}
         p = [float(np.exp(controller.log_probability({**best, "d": d}))) for d in (0, 1, 2)]
         good += sum(p) > 0.8
-    assert good >= 2
+    assert good == 2
 
 
 def test_enas_controller_learns_by_its_paper() -> None:
@@ -440,25 +438,26 @@ def test_pepnas_survivors_are_pareto_optimal() -> None:
 def test_pepnas_inherits_and_trains_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     from lacer.search.designers import pepnas
 
-    seen: list[tuple[int, int, int]] = []
-    real, states = pepnas._train, dict[int, Any]()
+    seen: list[tuple[int, int, bool, int]] = []
+    real = pepnas._train
 
     def spy(session: Any, i: Individual, rollouts: int, weights: Any, *args: Any) -> None:
-        known = {n: dict(w) for n, w in weights.items()}
-        fresh = i.number not in known
+        inherits = i.number in weights
         real(session, i, rollouts, weights, *args)
-        seen.append((int(fresh), rollouts, i.steps))
-        states[i.number] = weights.get(i.number)
+        seen.append((i.number, rollouts, inherits, i.steps))
 
     monkeypatch.setattr(pepnas, "_train", spy)
-    study = Study(SPACE)
-    t = trainer(steps=6000)
-    [p] = make_plain("pepnas", 0, trainer=t, population=4, generations=3, episodes=1).propose(study, 1)
+    designer = make_plain("pepnas", 0, trainer=trainer(steps=4000), population=4, generations=3, episodes=1)
+    [p] = designer.propose(Study(SPACE), 1)
     assert not p.rejected, p.rejected
-    first, last = seen[:4], seen[-4:]
-    assert max(r for _, r, _ in first) < min(r for _, r, _ in last), "later generations train longer"
-    assert any(not fresh for fresh, _, _ in seen), "survivors go on"
-    assert max(s for _, _, s in seen) > max(r for _, r, _ in seen) * 64, "with the steps they had"
+    assert [n for n, *_ in seen[:4]] == [0, 1, 2, 3]
+    assert max(r for _, r, *_ in seen[:4]) < min(r for _, r, *_ in seen[-4:]), "later generations train longer"
+    before: dict[int, int] = {}
+    for number, _, inherits, steps in seen:
+        assert inherits == (number in before), "survivors go on, with the steps that they had"
+        assert steps > before.get(number, 0)
+        before[number] = steps
+    assert len(before) < len(seen)
     assert len(p.meta["found"]["generations"]) == 3
 
 
