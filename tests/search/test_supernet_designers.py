@@ -206,8 +206,9 @@ def test_what_they_cannot_do_is_said() -> None:
     for wrong in ({"alpha_rate": 0}, {"choices": 0}):
         with pytest.raises(LacerError, match="at least"):
             make_plain("darts", 0, **wrong)
-    with pytest.raises(LacerError, match="at least"):
-        make_plain("pepnas", 0, population=1)
+    for name, option in (("pepnas", "population"), ("enas", "compared"), ("evolution", "population"), ("bo", "start")):
+        with pytest.raises(LacerError, match="at least"):
+            make_plain(name, 0, **{option: 0})
 
 
 def test_designer_kwargs_are_checked() -> None:
@@ -501,7 +502,8 @@ def test_search_inprocess(tmp_path: Path) -> None:
     assert [t.proposal.designer for t in trials] == ["expert", "enas", "enas", "enas"]
     assert trials[1].env_steps > 400 + trials[2].env_steps - 100
     assert result.outcome.config["designer_steps"] == 512
-    assert result.report.is_file()
+    own = sum(t.proposal.meta.get("env_steps", 0) for t in trials)
+    assert f"of these, the designer's own training</th><td>{own:,}</td>" in result.report.read_text()
 
 
 @pytest.mark.slow
