@@ -86,8 +86,8 @@ class Session:
         """A seed that depends on that of the training and on some numbers."""
         return int(np.random.SeedSequence([self.job.seed, *key]).generate_state(1)[0] >> 1)
 
-    def learn(self, model: PPO, rollouts: int, callback: BaseCallback | None = None, *, seed: int) -> float | None:
-        """Trains a model, beginning with new episodes; mean return of the episodes that ended, None if none did.
+    def learn(self, model: PPO, rollouts: int, callback: BaseCallback | None = None, *, seed: int) -> None:
+        """Trains a model, beginning with new episodes.
 
         Raises:
             Diverged: a parameter is not finite.
@@ -107,7 +107,6 @@ class Session:
         finally:
             self.steps += model.num_timesteps - before
         self.curve += progress.curve
-        return float(np.mean([r for _, r in progress.curve])) if progress.curve else None
 
     def evaluate(self, model: PPO, episodes: int, seed: int) -> float:
         """Mean task metric of greedy episodes, whose steps count. ``seed`` is that of the first one."""

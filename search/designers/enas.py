@@ -58,7 +58,7 @@ class Enas(TrainingDesigner):
 
 def train(session: Session) -> Evaluation:
     """The training: finds ``ranked`` encoders, those that were compared first, and ``controller``: by decision, how
-    often each option is among 200 encoders that it draws in the end."""
+    often each option is among 50 encoders that it draws in the end."""
     import torch
 
     from lacer.agents.training import (

@@ -12,7 +12,7 @@ from lacer.search.designers.random_search import RandomSearch
 from lacer.search.study import Proposal, Study
 from lacer.search.trainer import Trainer
 
-RANKED = 100
+RANKED = 50
 """Encoders that a training names, best first."""
 
 
