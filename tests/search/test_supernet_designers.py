@@ -536,7 +536,7 @@ def test_search_from_the_command_line_killed_and_resumed(name: str, tmp_path: Pa
         process.wait()
     done = lacer("search", "--resume", run, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert f"The designer {name} trains by itself first: 2,000 steps" in done.stderr
+    assert f"The designer {name} trains by itself before it proposes: 2,000 steps" in done.stderr
     assert f"{name} trained by itself: " in done.stderr
     again = lacer("search", "--resume", run, "--candidates", 5, timeout=300)
     assert again.returncode == 0, again.stderr
