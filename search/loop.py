@@ -486,7 +486,8 @@ class _Driver(Listener):
         steps, e = self.config.designer_steps or 0, event.evaluation
         if event.progress is not None:
             if not event.progress["steps"]:
-                self.display.say(f"The designer {self.plan.designer} trains by itself before it proposes: {steps:,} steps.")
+                self.display.say(f"The designer {self.plan.designer} trains by itself before it proposes: {steps:,} "
+                                 "steps.")
                 self.display.started(event.key, f"{self.plan.designer} trains by itself", steps)
             self.display.progress(event.key, event.progress)
         elif e is not None:
