@@ -96,9 +96,9 @@ class Session:
         model.set_random_seed(seed)
         model._last_obs = None  # SB3 then resets the environment
         before = model.num_timesteps
+        callbacks: list[BaseCallback] = [progress] if callback is None else [progress, callback]
         try:
-            model.learn(rollouts * self.rollout, [progress, *([callback] if callback is not None else [])],
-                        reset_num_timesteps=False)
+            model.learn(rollouts * self.rollout, callbacks, reset_num_timesteps=False)
             progress.check()
         except ValueError as e:
             if "of distribution" in str(e):  # torch's check of the actions' distribution
@@ -226,8 +226,9 @@ class SupernetPolicy(CompositePolicy):
         super()._build(lr_schedule)
         alphas = self.supernet.arch_parameters() if isinstance(self.supernet, DartsSupernet) else []
         known = set(map(id, alphas))
-        groups = [{"params": [p for p in self.parameters() if id(p) not in known], "rate": 1.0},
-                  {"params": alphas, "rate": self._alpha_rate}]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in self.parameters() if id(p) not in known], "rate": 1.0},
+            {"params": alphas, "rate": self._alpha_rate}]
         self.optimizer = _RatedAdam(groups[:1 + (bool(alphas) and self._alpha_rate > 0)], lr=lr_schedule(1),
                                     eps=1e-5)  # as SB3's
 
@@ -296,8 +297,9 @@ class Alphas(Part):
 
     def _on_rollout_end(self) -> None:
         assert self._optimizer is not None
-        model, policy, c = self.model, self.model.policy, self.ppo
+        model, c = self.model, self.ppo
         assert isinstance(model, PPO)
+        policy = model.policy
         discrete = isinstance(model.action_space, spaces.Discrete)
         policy.set_training_mode(True)
         for alpha in self._alphas:

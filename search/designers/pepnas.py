@@ -150,8 +150,9 @@ class Population:
         for _ in range(50 * self.size):
             if len(out) == self.size:
                 break
+            parents: tuple[int, ...] = ()
             if not self.members:
-                point, parents = space.sample(rng), ()
+                point = space.sample(rng)
             else:
                 a, b = (min(rng.choice(len(self.members), 2), key=lambda i: order[i]) for _ in range(2))
                 a, b = sorted((int(a), int(b)), key=lambda i: order[i])
