@@ -36,6 +36,8 @@ class Enas(TrainingDesigner):
         trainer: where it trains.
         compared: encoders that are compared at the end.
         episodes: greedy episodes of each of these.
+        rollout: steps of a rollout, per environment; None: PPO's. The controller learns once a rollout, so shorter
+            ones give it more to learn from, and PPO less at a time.
 
     Raises:
         LacerError: for options out of range.
@@ -45,15 +47,17 @@ class Enas(TrainingDesigner):
     paper: ClassVar[str] = "ENAS, 1802.03268"
     function: ClassVar[str] = "lacer.search.designers.enas:train"
 
-    def __init__(self, seed: int = 0, *, trainer: Trainer | None = None, compared: int = 10, episodes: int = 4) -> None:
+    def __init__(self, seed: int = 0, *, trainer: Trainer | None = None, compared: int = 10, episodes: int = 4,
+                 rollout: int | None = None) -> None:
         super().__init__(seed, trainer=trainer)
-        if compared < 1 or episodes < 1:
-            raise LacerError(f"enas: compared and episodes must be at least 1, not {compared} and {episodes}")
-        self.compared, self.episodes = compared, episodes
+        if compared < 1 or episodes < 1 or (rollout is not None and rollout < 2):
+            raise LacerError(f"enas: compared and episodes must be at least 1, rollout at least 2, not {compared}, "
+                             f"{episodes} and {rollout}")
+        self.compared, self.episodes, self.rollout = compared, episodes, rollout
 
     def options(self) -> dict[str, Any]:
         """Its options, for the training."""
-        return {"compared": self.compared, "episodes": self.episodes}
+        return {"compared": self.compared, "episodes": self.episodes, "rollout": self.rollout}
 
 
 def train(session: Session) -> Evaluation:
@@ -73,6 +77,9 @@ def train(session: Session) -> Evaluation:
     from lacer.encoders.supernet import SharedSupernet, SupernetOptions
     from lacer.search.controller import Controller, Sample
 
+    if (rollout := session.job.options["rollout"]) is not None:
+        ppo = session.job.protocol.ppo.model_copy(update={"n_steps": rollout})
+        session.job = session.job.model_copy(update={"protocol": session.job.protocol.model_copy(update={"ppo": ppo})})
     job = session.job
     space = EncoderSpace(session.card, job.decisions)
     held = SupernetOptions.from_decisions(session.card, job.decisions)

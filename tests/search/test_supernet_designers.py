@@ -48,7 +48,7 @@ SPACE = EncoderSpace(CARD, NARROW)
 PROTOCOL = Protocol(steps=256, eval_episodes=2, ppo=PPOConfig(
     n_envs=4, n_steps=16, batch_size=32, n_epochs=1, gamma=0.5, head=(16,)))
 STEPS = 384
-SMALL: dict[str, dict[str, Any]] = {"darts": {}, "enas": {"compared": 2, "episodes": 1},
+SMALL: dict[str, dict[str, Any]] = {"darts": {}, "enas": {"compared": 2, "episodes": 1, "rollout": 8},
                                     "pepnas": {"population": 4, "generations": 2, "episodes": 1}}
 
 
@@ -147,7 +147,7 @@ def test_a_killed_training_goes_on_from_its_checkpoint(name: str, tmp_path: Path
         run_training(job(name, path))
     steps = list[int]()
     again, peace = run_training(job(name, path), lambda p: steps.append(p["steps"])), in_peace(name)
-    assert steps[0] > 64, "it did not begin anew"
+    assert steps[0] > (32 if name == "enas" else 64), "it did not begin anew"
     assert (again.found, again.cost.env_steps, again.curve) == (peace.found, peace.cost.env_steps, peace.curve)
     with Session(job(name, path)) as session:
         assert session.restore() is not None
