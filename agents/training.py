@@ -62,6 +62,7 @@ class Session:
         self.curve: list[tuple[int, float]] = []
         self._env: EncoderVecEnv | None = None
         self._begin = time.monotonic()
+        self._identity = json.loads(job.model_dump_json(exclude={"checkpoint"}))
 
     def __enter__(self) -> Session:
         return self
@@ -124,7 +125,7 @@ class Session:
         path = Path(self.job.checkpoint)
         path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_name(path.name + ".new")
-        about = {"job": self._identity(), "steps": self.steps, "curve": self.curve, "state": dict(state)}
+        about = {"job": self._identity, "steps": self.steps, "curve": self.curve, "state": dict(state)}
         save_file({k: v.detach().contiguous().cpu().clone() for k, v in tensors.items()}, new,
                   {"lacer": json.dumps(about)})
         with new.open("rb") as f:
@@ -140,15 +141,12 @@ class Session:
             with safe_open(self.job.checkpoint, "pt") as f:
                 about = json.loads(f.metadata()["lacer"])
                 tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a dict)
-            if about["job"] != self._identity():
+            if about["job"] != self._identity:
                 return None
             self.steps, self.curve = int(about["steps"]), [(int(n), float(r)) for n, r in about["curve"]]
             return tensors, dict(about["state"])
         except (SafetensorError, OSError, KeyError, TypeError, ValueError):
             return None
-
-    def _identity(self) -> dict[str, Any]:
-        return json.loads(self.job.model_dump_json(exclude={"checkpoint"}))
 
     def result(self, objective: float | None, found: dict[str, Any], parameters: int = 0) -> Evaluation:
         """What the worker sends back."""
