@@ -5,7 +5,7 @@ The task is `lacer/KnownSources-v0` with five sources, of which a subset drawn b
 is fixed. A training is right if the first encoder that it ranks uses exactly the sources that matter. Guessing is right
 once in 32 times.
 
-    python benchmarks/supernets.py ways=darts,darts:bilevel=true,enas,enas:rollout=2,pepnas seeds=10 first=100 steps=6144
+    python benchmarks/supernets.py ways=darts,darts:bilevel=true,enas,enas:rollout=2,pepnas seeds=10 first=100
 
 A way is a designer and its options. The last line is JSON. Goal: RL-DARTS is right for at least 9 of 10 seeds.
 """
