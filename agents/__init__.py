@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lacer.agents.checkpoint import Agent, load
-    from lacer.agents.evaluation import Call, Cost, Evaluation, PPOConfig, Protocol, RunRequest
+    from lacer.agents.evaluation import Call, Cost, Evaluation, PPOConfig, Protocol, RunRequest, Training
     from lacer.agents.ppo import run, versions
 
 _HOME = {"Agent": "checkpoint", "load": "checkpoint", "Call": "evaluation", "Cost": "evaluation",
          "Evaluation": "evaluation", "PPOConfig": "evaluation", "Protocol": "evaluation", "RunRequest": "evaluation",
-         "run": "ppo", "versions": "ppo"}
+         "Training": "evaluation", "run": "ppo", "versions": "ppo"}
 
-__all__ = ["Agent", "Call", "Cost", "Evaluation", "PPOConfig", "Protocol", "RunRequest", "load", "run", "versions"]
+__all__ = ["Agent", "Call", "Cost", "Evaluation", "PPOConfig", "Protocol", "RunRequest", "Training", "load", "run",
+           "versions"]
 
 
 def __getattr__(name: str) -> Any:

@@ -75,6 +75,39 @@ class Call(BaseModel):
     seed: int = 0
 
 
+class Training(BaseModel):
+    """What a designer trains on the environment by itself, before it proposes.
+
+    Attributes:
+        function: ``module:name`` of a function that takes this request and one to report progress with (as that of
+            :func:`lacer.agents.run`), and returns an Evaluation with what it ``found``.
+        decisions: the search space, options by decision.
+        steps: environment steps that it may take.
+        options: the designer's own.
+        checkpoint: file that holds how far it is, from which it goes on; None: none.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    function: str
+    env: str
+    env_kwargs: dict[str, Any] = {}
+    eval_env_kwargs: dict[str, Any] = {}
+    decisions: dict[str, list[Any]]
+    protocol: Protocol
+    steps: int
+    options: dict[str, Any] = {}
+    seed: int = 0
+    text_model: str = "all-MiniLM-L6-v2"
+    checkpoint: str | None = None
+
+
+Job = RunRequest | Call | Training
+JOBS: dict[str, type[RunRequest] | type[Call] | type[Training]] = {
+    "request": RunRequest, "call": Call, "training": Training}
+"""Kinds of jobs, by the name under which one is sent to a worker."""
+
+
 class Cost(BaseModel):
     """What a run cost."""
 
@@ -97,6 +130,7 @@ class Evaluation(BaseModel):
         returns, metrics: per evaluation episode, in the order of ``episode_seeds``.
         curve: (environment steps, mean return of the training episodes that ended since the last point).
         probes: by source, and ``fused``: probe name -> value.
+        found: what a designer's own training found, plain data; empty for candidates.
     """
 
     status: Status = "ok"
@@ -109,6 +143,7 @@ class Evaluation(BaseModel):
     curve: list[tuple[int, float]] = []
     probes: dict[str, dict[str, float]] = {}
     cost: Cost = Cost()
+    found: dict[str, Any] = {}
     seed: int = 0
     versions: dict[str, str] = {}
 

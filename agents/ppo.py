@@ -16,7 +16,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 
 from lacer.agents.checkpoint import save_agent
-from lacer.agents.evaluation import Cost, Evaluation, Protocol, RunRequest
+from lacer.agents.evaluation import Cost, Evaluation, PPOConfig, Protocol, RunRequest
 from lacer.agents.policy import CompositeExtractor, CompositePolicy, policy_kwargs
 from lacer.agents.probes import probe
 from lacer.agents.vec import EncoderVecEnv
@@ -47,26 +47,41 @@ def versions() -> dict[str, str]:
 def make_model(spec: EncoderSpec, card: TaskCard, table: TextTable, env: Any, protocol: Protocol, seed: int) -> PPO:
     """SB3's PPO with the composite encoder as features extractor."""
     p = protocol.ppo
+    return make_ppo(CompositePolicy, policy_kwargs(spec, card, table, p.head, p.log_std_init), env, p, seed)
+
+
+def make_ppo(policy: type[CompositePolicy], arguments: dict[str, Any], env: Any, p: PPOConfig, seed: int) -> PPO:
+    """SB3's PPO as configured. torch is seeded before the policy is built."""
     model = PPO(
-        CompositePolicy, env,
+        policy, env,
         n_steps=p.n_steps, batch_size=min(p.batch_size, p.n_steps * p.n_envs), n_epochs=p.n_epochs,
         learning_rate=p.learning_rate, gamma=p.gamma, gae_lambda=p.gae_lambda, clip_range=p.clip_range,
         ent_coef=p.ent_coef, vf_coef=p.vf_coef, max_grad_norm=p.max_grad_norm,
         use_sde=p.use_sde, sde_sample_freq=p.sde_sample_freq,
-        policy_kwargs=policy_kwargs(spec, card, table, p.head, p.log_std_init), seed=seed, device="auto", verbose=0)
+        policy_kwargs=arguments, seed=seed, device="auto", verbose=0)
     model.set_logger(Logger(None, []))  # the default one leaves a folder in the temporary directory
     return model
 
 
-class _Progress(BaseCallback):
-    """Learning curve, progress reports, and the check that the loss is finite."""
+class Progress(BaseCallback):
+    """Learning curve, progress reports, and the check that the loss is finite.
 
-    def __init__(self, report: Report, steps: int) -> None:
+    Args:
+        report: see :func:`run`.
+        steps: environment steps planned.
+        before: steps that were taken before this model's first.
+    """
+
+    def __init__(self, report: Report, steps: int, before: int = 0) -> None:
         super().__init__()
-        self.report, self.steps = report, steps
+        self.report, self.steps, self.before = report, steps, before
         self.curve: list[tuple[int, float]] = []
         self._returns: list[float] = []
-        self._start = time.monotonic()
+        self._start, self._begin = time.monotonic(), -1
+
+    def _on_training_start(self) -> None:
+        if self._begin < 0:
+            self._begin = self.num_timesteps
 
     def _on_step(self) -> bool:
         self._returns += [float(i["episode"]["r"]) for i in self.locals["infos"] if "episode" in i]
@@ -75,12 +90,12 @@ class _Progress(BaseCallback):
     def _on_rollout_end(self) -> None:
         # Looked at after each update of the parameters, hence also after the last: see `check`.
         self.check()
+        now = self.before + self.num_timesteps
         if self._returns:
-            self.curve.append((self.num_timesteps, float(np.mean(self._returns))))
+            self.curve.append((now, float(np.mean(self._returns))))
             self._returns = []
-        self.report({"steps": self.num_timesteps, "of": self.steps,
-                     "return": self.curve[-1][1] if self.curve else None,
-                     "steps_per_second": self.num_timesteps / (time.monotonic() - self._start)})
+        self.report({"steps": now, "of": self.steps, "return": self.curve[-1][1] if self.curve else None,
+                     "steps_per_second": (self.num_timesteps - self._begin) / (time.monotonic() - self._start)})
 
     def check(self) -> None:
         """Raises Diverged if a parameter is not finite."""
@@ -103,27 +118,32 @@ def run(request: RunRequest, report: Report = lambda _: None, *, start_method: S
     Raises:
         LacerError: if the request is wrong (unknown environment, an encoder that does not fit).
     """
-    begin = time.monotonic()
     card = task_card(request.env, **request.env_kwargs)
     spec = None if request.encoder is None else EncoderSpec.parse(request.encoder, card)
     table = TextTable(request.text_model)
+    return attempt(lambda: _run(request, card, spec, table, report, start_method), request.seed)
+
+
+def attempt(training: Callable[[], Evaluation], seed: int) -> Evaluation:
+    """What a training says, whatever goes wrong in it: NaN, environments that die. Raises LacerError only."""
+    begin = time.monotonic()
     try:
-        result = _run(request, card, spec, table, report, start_method)
+        result = training()
     except Diverged as e:
-        result = Evaluation.failure(f"diverged: {e}", request.seed)
+        result = Evaluation.failure(f"diverged: {e}", seed)
     except (EOFError, ConnectionError):
-        result = Evaluation.failure("an environment's process died; its error is in the log", request.seed)
+        result = Evaluation.failure("an environment's process died; its error is in the log", seed)
     except LacerError:
         raise
     except ValueError as e:
         if "of distribution" in str(e):  # torch's check of the actions' distribution
-            result = Evaluation.failure("diverged: the distribution of the actions is not finite", request.seed)
+            result = Evaluation.failure("diverged: the distribution of the actions is not finite", seed)
         else:
             traceback.print_exc()
-            result = Evaluation.failure(f"ValueError: {e}", request.seed)
+            result = Evaluation.failure(f"ValueError: {e}", seed)
     except Exception as e:  # whatever it is, it is the result of this candidate, not the end of the search
         traceback.print_exc()
-        result = Evaluation.failure(f"{type(e).__name__}: {e}", request.seed)
+        result = Evaluation.failure(f"{type(e).__name__}: {e}", seed)
     result.cost.total_seconds = time.monotonic() - begin
     result.versions = versions()
     return result
@@ -141,7 +161,7 @@ def _run(request: RunRequest, card: TaskCard, spec: EncoderSpec | None, table: T
                                      start_method=start_method), card, table)
         try:
             model = make_model(spec, card, table, env, protocol, request.seed)
-            progress = _Progress(report, protocol.steps)
+            progress = Progress(report, protocol.steps)
             start = time.monotonic()
             model.learn(protocol.steps, callback=progress)
             progress.check()

@@ -2,10 +2,10 @@
 
 The worker imports everything once and forks for each run, so a run starts at once, has its own memory (one SUMO per
 process) and can be killed without harm. It speaks JSON lines: requests on standard input,
-``{"key", "request" or "call", "timeout", "memory"}``; on standard output ``{"ready"}``, ``{"key", "progress"}`` and
-``{"key", "evaluation"}``. Nothing but such lines goes out; stray prints go to standard error. At the end of its input
-(the driver is gone) it kills what is running and ends. With the argument ``calls`` it evaluates plain functions only,
-and starts without torch.
+``{"key", "request", "call" or "training", "timeout", "memory"}``; on standard output ``{"ready"}``,
+``{"key", "progress"}`` and ``{"key", "evaluation"}``. Nothing but such lines goes out; stray prints go to standard
+error. At the end of its input (the driver is gone) it kills what is running and ends. With the argument ``calls`` it
+evaluates plain functions only, and starts without torch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork
 
 from lacer.agents.calls import perform
-from lacer.agents.evaluation import Call, Evaluation, RunRequest
+from lacer.agents.evaluation import JOBS, Call, Evaluation, Job, RunRequest, Training
 from lacer.envs import LacerError, task_card
 
 MEMORY_INTERVAL = 0.5
@@ -59,7 +59,7 @@ def _first_to_be_killed() -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 
-def _child(channel: Channel, key: str, request: RunRequest | Call) -> None:
+def _child(channel: Channel, key: str, request: Job) -> None:
     """Runs a request in the forked process; never returns."""
     os.setsid()
     _die_with_parent()
@@ -67,6 +67,10 @@ def _child(channel: Channel, key: str, request: RunRequest | Call) -> None:
     try:
         if isinstance(request, Call):
             evaluation = perform(request)
+        elif isinstance(request, Training):
+            from lacer.agents.training import run_training
+
+            evaluation = run_training(request, lambda p: channel.send({"key": key, "progress": p}), start_method="fork")
         else:
             from lacer.agents.ppo import run
 
@@ -81,9 +85,9 @@ def _child(channel: Channel, key: str, request: RunRequest | Call) -> None:
     os._exit(0)
 
 
-def _prepare(request: RunRequest | Call) -> None:
+def _prepare(request: Job) -> None:
     """Loads the text model before the fork, so that runs share it."""
-    if isinstance(request, Call):
+    if not isinstance(request, RunRequest):
         return
     with contextlib.suppress(Exception):  # a wrong request is reported by the run itself
         from lacer.encoders import text_model
@@ -171,8 +175,7 @@ def main() -> None:
         if not child and b"\n" in buffer:
             line, buffer = buffer.split(b"\n", 1)
             message = json.loads(line)
-            request = (Call.model_validate(message["call"]) if "call" in message
-                       else RunRequest.model_validate(message["request"]))
+            request = next(kind.model_validate(message[name]) for name, kind in JOBS.items() if name in message)
             _prepare(request)
             gc.collect()
             key, seed, deadline = message["key"], request.seed, time.monotonic() + message["timeout"]

@@ -83,15 +83,19 @@ class SupernetOptions:
             tuple(s for s in given.get(CONDITION, card.sources) if s in card.sources))
 
     def candidates(self, card: TaskCard, table: TextTable | None = None, per_block: int | None = 1,
-                   ) -> tuple[dict[str, list[BlockConfig | None]], list[Fusion]]:
+                   per_part: int | None = None) -> tuple[dict[str, list[BlockConfig | None]], list[Fusion]]:
         """Single configs for :class:`DartsSupernet`, whose cost grows with their number.
 
         Args:
             card, table: the task; configs that cannot be built for it are left out.
             per_block: how many of a block's configs: the default one (if it is an option), then the others evenly
                 spaced. None: all of them. A conditioned fusion comes once for every source that may condition it.
+            per_part: instead, how many of a source's and of the fusion's, shared equally by its blocks, each of which
+                has one at least.
         """
         def some(choices: BlockChoices, place: str | None) -> Iterator[BlockConfig]:
+            per_block = each if per_part is None else max(1, per_part // len(
+                self.fusion if place is None else self.sources[place]))
             every = list(dict.fromkeys(choices.configs()))
             if per_block is not None:
                 default = choices.config()
@@ -102,6 +106,7 @@ class SupernetOptions:
                 every = [c for c in every if c == default] + spaced + [c for c in rest if c not in spaced]
             yield from itertools.islice((c for c in every if self._buildable(c, card, place, table)), per_block)
 
+        each = per_block
         sources: dict[str, list[BlockConfig | None]] = {}
         for name, blocks in self.sources.items():
             sources[name] = [c for b in blocks for c in some(b, name)]
@@ -207,9 +212,10 @@ class DartsSupernet(nn.Module):
         """For every source and the fusion, each option and its probability."""
         names = {**{n: [UNUSED if o is None else o.short() for o in options] for n, options in self.sources.items()},
                  FUSION: [f.short() + (f" by {c}" if c else "") for f, c in self.fusions]}
-        return {n: dict(zip(o, self._p(n).tolist(), strict=True)) for n, o in names.items()}
+        return {n: dict(zip(o, self.probability(n).tolist(), strict=True)) for n, o in names.items()}
 
-    def _p(self, part: str) -> Tensor:
+    def probability(self, part: str) -> Tensor:
+        """The probability of every option of a source, or of the fusion (`"fusion"`)."""
         return self.alphas[_alpha(part) if part in self.sources else FUSION].softmax(0)
 
     def forward(self, obs: Mapping[str, Tensor]) -> Tensor:
@@ -222,7 +228,7 @@ class DartsSupernet(nn.Module):
         rows = [cast(CompositeEncoder, row).encode(obs) for row in self.rows]
         out = {}
         for name, options in self.sources.items():
-            p = self._p(name)[[i for i, o in enumerate(options) if o is not None]]
+            p = self.probability(name)[[i for i, o in enumerate(options) if o is not None]]
             parts = [row[name] for row in rows if name in row]
             projections = cast(nn.ModuleList, self.project[name])
             vector = sum((w * _unit(m(f.vector)) for w, m, f in zip(p, projections, parts, strict=True)),
@@ -244,7 +250,7 @@ class DartsSupernet(nn.Module):
 
     def fuse(self, features: dict[str, Features]) -> Tensor:
         """The mixed state (B, dim)."""
-        p = self._p(FUSION)
+        p = self.probability(FUSION)
         return torch.stack([w * _unit(project(fusion(features)))
                             for w, fusion, project in zip(p, self.fusion, self.fusion_project, strict=True)]).sum(0)
 
@@ -254,7 +260,7 @@ class DartsSupernet(nn.Module):
         A fusion conditioned on a source that is not used is passed over. If no source would be used, the one that is
         least surely unused is; likewise among the sources of the fusions if these are all conditioned on unused ones.
         """
-        p = {n: self._p(n).tolist() for n in (*self.sources, FUSION)}
+        p = {n: self.probability(n).tolist() for n in (*self.sources, FUSION)}
         best = {n: max(zip(p[n], options, strict=True), key=lambda x: x[0])[1] for n, options in self.sources.items()}
         conditions = [c for _, c in self.fusions]
         if not any(c is None or best[c] for c in conditions) or not any(best.values()):

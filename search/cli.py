@@ -360,7 +360,8 @@ def _show(a: Namespace) -> None:
 def _designers(_: Namespace) -> None:
     from lacer.search.designers.base import designers
 
-    _list({name: cls.summary() + (" (needs an LLM)" if cls.needs_llm else "") for name, cls in designers().items()})
+    _list({name: cls.summary() + (" (needs an LLM)" if cls.needs_llm else " (trains by itself)" if cls.trains else "")
+           for name, cls in designers().items()})
 
 
 def _bench(a: Namespace) -> None:

@@ -34,6 +34,11 @@ class SearchConfig(BaseModel):
     eval_env_kwargs: dict[str, Any] = Field({}, description="arguments that differ in evaluation, e.g. other wordings")
     designer: str = Field("auto", description="who proposes encoders; see `lacer designers`. auto: lacer if an LLM is "
                                               "given, else the best designer that needs none")
+    designer_kwargs: dict[str, Any] = Field({}, description="options of the designer, e.g. {'population': 12} for "
+                                                            "evolution or {'bilevel': true} for darts")
+    designer_steps: int | None = Field(None, ge=1, description="environment steps that a designer may train by itself "
+                                                               "(darts, enas, pepnas); default: half of what all "
+                                                               "candidates are trained for")
     candidates: int = Field(20, ge=1, description="encoders to evaluate, the expert's included")
     seed: int = Field(0, ge=0, description="seed of the designer and of all training runs")
     workers: int = Field(0, ge=0, description="candidates evaluated at once; 0: one per CPU core")
@@ -224,6 +229,11 @@ def expert_spec(card: TaskCard, path: str | None) -> EncoderSpec:
         return EncoderSpec.load(path, card)
     blocks = yaml.safe_load((resources.files("lacer.configs") / "expert.yaml").read_text(encoding="utf-8"))
     return expert_by_modality(blocks, card)
+
+
+def own_steps(config: SearchConfig) -> int:
+    """Environment steps that a designer may train by itself."""
+    return config.designer_steps or max(1, config.candidates * config.protocol.steps // 2)
 
 
 def worker_count(config: SearchConfig) -> int:

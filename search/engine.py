@@ -203,11 +203,15 @@ class Engine:
     def _count(self, trial: Trial) -> None:
         self._env_steps += trial.env_steps
         self._tokens += trial.tokens
-        if trial.status == "ok":
-            self._expected = max(self._expected, trial.env_steps)
+        self._learn_cost(trial)
         if trial.status != "rejected":
             self._order.append(trial.number)
             self._evaluations.setdefault(trial.ncode, []).append(trial.number)
+
+    def _learn_cost(self, trial: Trial) -> None:
+        """What a candidate is expected to take; without what the designer spent before it."""
+        if trial.status == "ok" and trial.evaluation is not None:
+            self._expected = max(self._expected, trial.evaluation.cost.env_steps)
 
     def _queue(self, trial: Trial) -> None:
         """Lines a running trial up, or lets it wait for the same encoder's result."""
@@ -257,8 +261,7 @@ class Engine:
         before = self.study[number].env_steps
         trial = self.study.finish(number, evaluation)
         self._env_steps += trial.env_steps - before
-        if trial.status == "ok":
-            self._expected = max(self._expected, trial.env_steps)
+        self._learn_cost(trial)
         self._unobserved.append(trial)
         self._listener.finished(key, trial)
 

@@ -15,11 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from lacer.agents import Call, Evaluation, RunRequest
+from lacer.agents import Evaluation, RunRequest, Training
+from lacer.agents.evaluation import JOBS, Job
 from lacer.agents.worker import kill_group
 from lacer.envs import LacerError
-
-Job = RunRequest | Call
 
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|NETRC", re.IGNORECASE)
 
@@ -98,6 +97,10 @@ class InProcess(Executor):
             from lacer.agents import run
 
             return run(job, report)
+        if isinstance(job, Training):
+            from lacer.agents.training import run_training
+
+            return run_training(job, report)
         return call(self._function, job.point, job.seed) if self._function is not None else perform(job)
 
     def wake(self) -> None:
@@ -187,8 +190,8 @@ class ProcessPool(Executor):
             slot = self._replace(slot)
         slot.key, slot.seed = key, job.seed
         with contextlib.suppress(BrokenPipeError):  # the end of its output, on its way, reports the run as failed
-            slot.send({"key": key, "call" if isinstance(job, Call) else "request": job.model_dump(mode="json"),
-                       "timeout": self._timeout, "memory": self._memory})
+            kind = next(name for name, cls in JOBS.items() if isinstance(job, cls))
+            slot.send({"key": key, kind: job.model_dump(mode="json"), "timeout": self._timeout, "memory": self._memory})
 
     def wake(self) -> None:
         self._events.put((None, None))

@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -24,8 +24,17 @@ import lacer.encoders
 from lacer.agents import Agent, Evaluation, Protocol, RunRequest, load, versions
 from lacer.encoders import EncoderSpec
 from lacer.envs import LacerError, Objective, TaskCard, task_card
-from lacer.search.config import SearchConfig, expert_spec, memory_share, resumed, validate, worker_count
-from lacer.search.designers.base import Designer, designer_class, make_plain
+from lacer.search.config import (
+    SearchConfig,
+    expert_spec,
+    memory_share,
+    own_steps,
+    resumed,
+    validate,
+    worker_count,
+)
+from lacer.search.designers.base import Designer, check_options, designer_class, make_plain
+from lacer.search.designers.training import TrainingDesigner
 from lacer.search.engine import MAX_REJECTIONS, Budget, Engine, Listener
 from lacer.search.executors import Event, Executor, InProcess, ProcessPool
 from lacer.search.files import read_json, write_config, write_whole
@@ -35,6 +44,7 @@ from lacer.search.space import EncoderSpace, Point, SearchSpace, load_space, rea
 from lacer.search.storage import check_server, has_password, sqlite_url, study_names, without_password
 from lacer.search.study import Proposal, StoredStudy, Trial
 from lacer.search.tracking import TensorBoard, WandB, wandb_mode
+from lacer.search.trainer import Trainer
 
 if TYPE_CHECKING:
     from lacer.search.plain import PointResult
@@ -82,7 +92,8 @@ class Plan:
     @property
     def total_steps(self) -> int:
         """Environment steps of all training runs."""
-        return self.config.candidates * self.config.protocol.steps + 2 * self.config.final_steps
+        own = own_steps(self.config) if designer_class(self.designer).trains else 0
+        return own + self.config.candidates * self.config.protocol.steps + 2 * self.config.final_steps
 
 
 def plan(config: SearchConfig) -> Plan:
@@ -99,7 +110,12 @@ def plan(config: SearchConfig) -> Plan:
     name = config.designer
     if name == "auto":
         name = "lacer" if config.llm else WITHOUT_LLM
-    designer_class(name)
+    trains = designer_class(name).trains
+    check_options(name, config.designer_kwargs)
+    if config.max_env_steps is not None and trains and config.max_env_steps < own_steps(config) + config.protocol.steps:
+        raise LacerError(f"max_env_steps is {config.max_env_steps:,}, less than the designer {name!r} trains by itself "
+                         f"({own_steps(config):,}) and one candidate takes ({config.protocol.steps:,}): raise it, or "
+                         "lower designer_steps")
     space = load_space(config.space, card)
     expert = space.expert if space.expert is not None and config.expert is None else expert_spec(card, config.expert)
     try:
@@ -113,15 +129,18 @@ def plan(config: SearchConfig) -> Plan:
 
 def make_designer(name: str, config: SearchConfig, folder: Path) -> Designer:
     """A designer as configured. Raises LacerError if an LLM designer's key or model is missing."""
-    cls = designer_class(name)
+    cls, options = designer_class(name), check_options(name, config.designer_kwargs)
+    if cls.trains:
+        return make_plain(name, config.seed, trainer=_trainer(config, folder), **options)
     if not cls.needs_llm:
-        return make_plain(name, config.seed)
+        return make_plain(name, config.seed, **options)
     from lacer.search.llm.base import llm_config
 
     if not config.llm:
         raise LacerError(f"the designer {name!r} needs an LLM: add e.g. --llm openai:MODEL (and OPENAI_API_KEY, or "
                          "--llm-base-url for a local server), or choose one that needs none, see `lacer designers`")
-    designer = cls(config.seed, llm=llm_config(config), run_dir=folder, batch=config.batch)  # type: ignore[call-arg]
+    designer = cls(config.seed, llm=llm_config(config), run_dir=folder, batch=config.batch,  # type: ignore[call-arg]
+                   **options)
     designer.check()  # type: ignore[attr-defined]
     return designer
 
@@ -129,6 +148,20 @@ def make_designer(name: str, config: SearchConfig, folder: Path) -> Designer:
 def asks_a_person(config: SearchConfig) -> bool:
     """Whether the language model is somebody at this terminal."""
     return (config.llm or "").startswith("human")
+
+
+def _trainer(config: SearchConfig, folder: Path) -> Trainer:
+    """Where a designer trains by itself: on this machine, with a candidate's limit of memory, and its limit of time for
+    as many steps as a candidate takes."""
+    def executor() -> Executor:
+        if config.executor == "inprocess":
+            return InProcess()
+        share = max(1.0, own_steps(config) / config.protocol.steps)
+        return ProcessPool(1, folder / "workers.log", config.timeout * share,
+                           config.memory or memory_share(worker_count(config)))
+
+    return Trainer(config.env, config.protocol, own_steps(config), config.env_kwargs, config.eval_env_kwargs,
+                   config.text_model, folder, executor)
 
 
 @overload
@@ -203,6 +236,9 @@ def _search(config: SearchConfig, folder: Path | None, quiet: bool, fresh: bool)
     if config.deterministic:  # how many results a proposal knows depends on it
         config = config.model_copy(update={"workers": worker_count(config)})
     checked = plan(config)
+    if designer_class(checked.designer).trains:  # more candidates in a resumed search do not change it
+        config = config.model_copy(update={"designer_steps": own_steps(config)})
+        checked = replace(checked, config=config)
     if folder is None:
         name = checked.card.env_id.split("/")[-1].split(":")[-1]
         folder = Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{name}-{checked.designer}"
@@ -336,6 +372,8 @@ class _Driver(Listener):
         if plan.config.storage is not None:  # what is shown and logged from here on
             self.config = plan.config.model_copy(update={"storage": without_password(plan.config.storage)})
         self.display = Display(plan.card, plan.total_steps, quiet, live=not asks_a_person(plan.config))
+        if isinstance(designer, TrainingDesigner) and designer.trainer is not None:
+            designer.trainer.listener = self._trained
         self.start = time.monotonic()
         self.before = self._saved = float(study.get_attr("seconds") or 0.0)
         self.ended = ""
@@ -383,6 +421,7 @@ class _Driver(Listener):
             raise LacerError(f"{e}\nNothing finished is lost. To go on: lacer search --resume "
                              f"{shlex.quote(str(self.folder))}") from e
         finally:
+            self.designer.close()
             with contextlib.suppress(LacerError):  # it has been reported if the study cannot be written
                 self.study.set_attr("seconds", self.seconds)
             executor.close()
@@ -394,6 +433,8 @@ class _Driver(Listener):
         c = self.config
         for _ in range(self.study.count("ok", "failed", "pruned")):
             self.display.skip(c.protocol.steps)
+        if any("env_steps" in t.proposal.meta for t in self.study.trials):  # it has trained
+            self.display.skip(c.designer_steps or 0)
         # Designers do not know the limits, so they run into them; an LLM is told, and costs money.
         patience = MAX_REJECTIONS * (10 if c.limits and not self.designer.needs_llm else 1)
         ahead = c.ahead if c.ahead is not None else int(self.designer.needs_llm)
@@ -431,6 +472,20 @@ class _Driver(Listener):
     def progress(self, event: Event) -> None:
         assert event.progress is not None
         self.display.progress(event.key, event.progress)
+
+    def _trained(self, event: Event) -> None:
+        """News of the designer's own training, in the thread in which it thinks."""
+        steps, e = self.config.designer_steps or 0, event.evaluation
+        if event.progress is not None:
+            if not event.progress["steps"]:
+                self.display.say(f"The designer {self.plan.designer} trains by itself before it proposes: {steps:,} "
+                                 "steps.")
+                self.display.started(event.key, f"{self.plan.designer} trains by itself", steps)
+            self.display.progress(event.key, event.progress)
+        elif e is not None:
+            self.display.ended(event.key, steps, f"        {self.plan.designer} " + (
+                f"trained by itself: {e.cost.env_steps:,} steps in {clock(e.cost.total_seconds)}" if e.status == "ok"
+                else f"could not train: {e.reason[:160]}"))
 
     def finished(self, key: str | None, trial: Trial) -> None:
         best = self.study.best

@@ -11,6 +11,7 @@ from lacer.agents import Call
 from lacer.agents.calls import reference
 from lacer.envs import LacerError, Objective
 from lacer.search.config import SearchConfig, worker_count
+from lacer.search.designers.base import designer_class
 from lacer.search.engine import MAX_REJECTIONS, Budget, Engine, Listener
 from lacer.search.executors import InProcess
 from lacer.search.loop import (
@@ -30,8 +31,8 @@ from lacer.search.study import StoredStudy, Study, Trial
 
 Function = Callable[[Point], Any]
 
-_ELSEWHERE = {"env", "env_kwargs", "eval_env_kwargs", "protocol", "final_steps", "final_episodes", "space", "limits",
-              "expert", "expert_first", "text_model", "wandb", "wandb_project"}
+_ELSEWHERE = {"env", "env_kwargs", "eval_env_kwargs", "designer_steps", "protocol", "final_steps", "final_episodes",
+              "space", "limits", "expert", "expert_first", "text_model", "wandb", "wandb_project"}
 """Fields of the configuration that only a search with an environment has."""
 
 
@@ -76,6 +77,9 @@ def search_points(space: SearchSpace, function: Function, config: SearchConfig, 
     if config.deterministic:
         config = config.model_copy(update={"workers": worker_count(config)})
     name = WITHOUT_LLM if config.designer == "auto" else config.designer
+    if designer_class(name).trains:
+        raise LacerError(f"the designer {name!r} trains on an environment by itself, so it cannot search with "
+                         "objective=; choose another one, see `lacer designers`")
     if config.executor != "inprocess":
         reference(function)
     if folder is not None and not resume and folder.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -44,6 +45,7 @@ class Display:
         self._running: dict[str, int] = {}  # steps so far
         self._start, self._first = time.monotonic(), 0
         self._headline = ""
+        self._lock = threading.RLock()  # the designer reports from a thread of its own
         self._live = Live(self._view(), console=self.console, refresh_per_second=4, transient=True)
         if self.live_mode:
             self._live.start()
@@ -63,33 +65,37 @@ class Display:
 
     def headline(self, text: str) -> None:
         """The line above the bars, e.g. ``candidate 3 of 8, best 18.2 m/s``."""
-        self._headline = text
-        self._refresh()
+        with self._lock:
+            self._headline = text
+            self._refresh()
 
     def started(self, key: str, label: str, steps: int) -> None:
         """A run has started."""
-        self._tasks[key] = self._bars.add_task(f"  {label}"[:46].ljust(46), total=steps, note="starting")
-        self._refresh()
+        with self._lock:
+            self._tasks[key] = self._bars.add_task(f"  {label}"[:46].ljust(46), total=steps, note="starting")
+            self._refresh()
 
     def progress(self, key: str, p: Mapping[str, Any]) -> None:
         """News of a run."""
-        self._running[key] = int(p["steps"])
-        if key in self._tasks:
-            value = "" if p.get("return") is None else f", return {p['return']:.2f}"
-            note = f"{p['steps_per_second']:.0f} steps/s{value}"
-            self._bars.update(self._tasks[key], completed=p["steps"], note=note)
-        self._refresh()
+        with self._lock:
+            self._running[key] = int(p["steps"])
+            if key in self._tasks:
+                value = "" if p.get("return") is None else f", return {p['return']:.2f}"
+                note = f"{p['steps_per_second']:.0f} steps/s{value}"
+                self._bars.update(self._tasks[key], completed=p["steps"], note=note)
+            self._refresh()
 
     def ended(self, key: str, steps: int, text: str) -> None:
         """A run has ended; ``steps`` of training count as done even if it failed early."""
-        self._done += steps
-        self._running.pop(key, None)
-        task = self._tasks.pop(key, None)
-        if task is not None:
-            self._bars.remove_task(task)
-        if text:
-            self.say(text + ("" if self.live_mode else f"  [{self._note()}]"))
-        self._refresh()
+        with self._lock:
+            self._done += steps
+            self._running.pop(key, None)
+            task = self._tasks.pop(key, None)
+            if task is not None:
+                self._bars.remove_task(task)
+            if text:
+                self.say(text + ("" if self.live_mode else f"  [{self._note()}]"))
+            self._refresh()
 
     def _note(self) -> str:
         now = self._done + sum(self._running.values())

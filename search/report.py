@@ -146,6 +146,8 @@ def _context(outcome: Outcome, expert: EncoderSpec | None) -> dict[str, Any]:
     evaluations = list({id(e): e for e in runs}.values())  # the expert's final run may be the winner's too
     total = {field: sum(getattr(e.cost, field) for e in evaluations)
              for field in ("env_steps", "train_seconds", "eval_seconds", "probe_seconds")}
+    total["own_steps"] = sum(int(t.proposal.meta.get("env_steps") or 0) for t in outcome.trials)
+    total["env_steps"] += total["own_steps"]
     seeds = _seeds(outcome)
     return {
         "card": outcome.card, "objective": objective, "headline": headline(outcome),

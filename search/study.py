@@ -117,7 +117,8 @@ class Study:
     def encoders(self) -> EncoderSpace:
         """The search space where it is one of encoders. Raises LacerError if it is another one."""
         if not isinstance(self.space, EncoderSpace):
-            raise LacerError("this designer searches encoders; for other spaces choose one that needs no LLM")
+            raise LacerError("this designer searches encoders for an environment; for other spaces choose another one, "
+                             "e.g. evolution")
         return self.space
 
     @property

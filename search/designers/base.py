@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, get_type_hints
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
-from lacer.envs import LacerError, UnknownNameError
+from lacer.envs import LacerError, UnknownNameError, did_you_mean
 from lacer.search.space import Point
 from lacer.search.study import Proposal, Study, Trial
 
@@ -29,6 +31,8 @@ class Designer(ABC):
 
     name: ClassVar[str]
     needs_llm: ClassVar[bool] = False
+    trains: ClassVar[bool] = False
+    """Whether it trains on the environment by itself, see :mod:`lacer.search.designers.training`."""
     paper: ClassVar[str] = ""
     variants: ClassVar[tuple[str, ...]] = ()
     """Names by which ``NAME:VARIANT`` makes the designer with the argument ``variant``."""
@@ -43,6 +47,9 @@ class Designer(ABC):
     def observe(self, trial: Trial) -> None:  # noqa: B027 (optional)
         """Called once with every finished, failed or pruned trial, between two calls of `propose`; those of an earlier
         session come again."""
+
+    def close(self) -> None:  # noqa: B027 (optional)
+        """Ends what it has running; called once, when the search ends, perhaps while `propose` is at work."""
 
     def rng(self, study: Study) -> np.random.Generator:
         """Random numbers that depend on the seed and on how far the study is, on nothing else."""
@@ -120,11 +127,37 @@ def designer_names() -> list[str]:
     return [n for name, cls in designers().items() for n in ([f"{name}:{v}" for v in cls.variants] or [name])]
 
 
-def make_plain(name: str, seed: int) -> Designer:
+def make_plain(name: str, seed: int, **options: Any) -> Designer:
     """A designer that needs no LLM. Raises UnknownNameError."""
     cls, (_, _, variant) = designer_class(name), name.partition(":")
-    return cls(seed, variant=variant) if variant else cls(seed)  # type: ignore[call-arg]
+    return cls(seed, **options, **({"variant": variant} if variant else {}))
 
 
-__all__ = ["Designer", "DesignerStopped", "LacerError", "designer_class", "designer_names", "designers",
-           "fresh_sample", "make_plain", "register_designer", "unseen"]
+GIVEN = ("seed", "variant", "trainer", "llm", "run_dir", "batch")
+"""Arguments of designers that are no options: the search gives them."""
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a designer, as its constructor takes them.
+
+    Raises:
+        LacerError: an unknown option ("did you mean"), or a value of another type.
+    """
+    cls = designer_class(name)
+    hints = get_type_hints(cls.__init__, include_extras=True)
+    known = [n for n in inspect.signature(cls).parameters if n not in GIVEN]
+    out = {}
+    for key, value in options.items():
+        if key not in known:
+            raise LacerError(f"the designer {name!r} has no option {key!r}{did_you_mean(key, known)} "
+                             f"Options: {', '.join(known) or 'none'}.")
+        try:
+            out[key] = TypeAdapter(hints[key]).validate_python(value)
+        except ValidationError as e:
+            why = e.errors()[0]["msg"]
+            raise LacerError(f"the designer {name!r}: {key}: {why} (got {str(value)[:60]!r})") from None
+    return out
+
+
+__all__ = ["Designer", "DesignerStopped", "LacerError", "check_options", "designer_class", "designer_names",
+           "designers", "fresh_sample", "make_plain", "register_designer", "unseen"]

@@ -14,6 +14,7 @@ from scipy.optimize import minimize
 from scipy.special import ndtr, ndtri
 from threadpoolctl import ThreadpoolController
 
+from lacer.envs import LacerError
 from lacer.search.designers.base import Designer, fresh_sample, register_designer
 from lacer.search.space import Point, SearchSpace
 from lacer.search.study import Proposal, Study
@@ -46,6 +47,9 @@ class BO(Designer):
     Args:
         seed: seed of start, pool and ties.
         start: random encoders at first, the first candidate included.
+
+    Raises:
+        LacerError: if ``start`` is below 1.
     """
 
     name: ClassVar[str] = "bo"
@@ -53,6 +57,8 @@ class BO(Designer):
 
     def __init__(self, seed: int = 0, start: int = 6) -> None:
         super().__init__(seed)
+        if start < 1:
+            raise LacerError(f"bo: start must be at least 1, not {start}")
         self.start = start
         self._coder: _Coder | None = None
 

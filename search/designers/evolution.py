@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from lacer.envs import LacerError
 from lacer.search.designers.base import Designer, fresh_sample, register_designer, unseen
 from lacer.search.study import Proposal, Study
 
@@ -16,6 +17,13 @@ class Evolution(Designer):
     dies), the parent is the best of ``tournament`` drawn from it, the child differs from it in one decision.
     Deviations: sizes for budgets of tens of trials (the paper: 100 and 25); a child that was seen before is mutated
     again; failed trials never enter the population.
+
+    Args:
+        seed: seed of its random numbers.
+        population, tournament: see above.
+
+    Raises:
+        LacerError: if one of them is below 1.
     """
 
     name: ClassVar[str] = "evolution"
@@ -23,6 +31,9 @@ class Evolution(Designer):
 
     def __init__(self, seed: int = 0, population: int = 8, tournament: int = 3) -> None:
         super().__init__(seed)
+        if population < 1 or tournament < 1:
+            raise LacerError(f"evolution: population and tournament must be at least 1, not {population} and "
+                             f"{tournament}")
         self.population, self.tournament = population, tournament
 
     def propose(self, study: Study, n: int) -> list[Proposal]:
