@@ -29,6 +29,7 @@ class SearchConfig(BaseModel):
     eval_env_kwargs: dict[str, Any] = Field({}, description="arguments that differ in evaluation, e.g. other wordings")
     designer: str = Field("auto", description="who proposes encoders; see `lacer designers`. auto: lacer if an LLM is "
                                               "given, else the best designer that needs none")
+    designer_kwargs: dict[str, Any] = Field({}, description="options of the designer, e.g. {'population': 16}")
     candidates: int = Field(20, ge=1, description="encoders to evaluate, the expert's included")
     seed: int = Field(0, ge=0, description="seed of the designer and of all training runs")
     workers: int = Field(0, ge=0, description="candidates evaluated at once; 0: one per CPU core")
@@ -70,7 +71,8 @@ class SearchConfig(BaseModel):
     text_model: str = Field("all-MiniLM-L6-v2", description="frozen text model: name, local folder, or hash (none)")
     llm: str | None = Field(None, description="openai:MODEL, anthropic:MODEL, or replay:FILE")
     llm_base_url: str | None = Field(None, description="URL of any OpenAI-compatible server")
-    llm_temperature: float = Field(1.0, ge=0, description="sampling temperature of the LLM")
+    llm_temperature: float | None = Field(None, ge=0, description="sampling temperature of the LLM; default: the "
+                                                                  "designer's, 0 for genius, 1 for the others")
     llm_timeout: float = Field(120, gt=0, description="seconds that the LLM may take for a reply")
     batch: int = Field(1, ge=1, description="encoders that an LLM designer asks for at once")
     wandb: Literal["auto", "online", "offline", "off"] = Field(

@@ -25,7 +25,7 @@ from lacer.agents import Agent, Evaluation, Protocol, RunRequest, load, versions
 from lacer.encoders import EncoderSpec
 from lacer.envs import LacerError, Objective, TaskCard, task_card
 from lacer.search.config import RESUMABLE, SearchConfig, expert_spec, memory_share, validate, worker_count
-from lacer.search.designers.base import Designer, designer_class, make_plain
+from lacer.search.designers.base import Designer, check_kwargs, construct, designer_class, make_plain
 from lacer.search.engine import MAX_REJECTIONS, Budget, Engine, Listener
 from lacer.search.executors import Event, Executor, InProcess, ProcessPool
 from lacer.search.files import read_config, read_json, write_config, write_whole
@@ -99,7 +99,7 @@ def plan(config: SearchConfig) -> Plan:
     name = config.designer
     if name == "auto":
         name = "lacer" if config.llm else WITHOUT_LLM
-    designer_class(name)
+    check_kwargs(name, config.designer_kwargs)
     space = load_space(config.space, card)
     expert = space.expert if space.expert is not None and config.expert is None else expert_spec(card, config.expert)
     try:
@@ -111,19 +111,21 @@ def plan(config: SearchConfig) -> Plan:
     return Plan(config, card, space, point, name)
 
 
-def make_designer(name: str, config: SearchConfig, folder: Path) -> Designer:
-    """A designer as configured. Raises LacerError if an LLM designer's key or model is missing."""
+def make_designer(name: str, config: SearchConfig, folder: Path | None) -> Designer:
+    """A designer as configured. Raises LacerError if an LLM designer's key or model is missing, or an option is wrong."""
     cls = designer_class(name)
+    check_kwargs(name, config.designer_kwargs)
     if not cls.needs_llm:
-        return make_plain(name, config.seed)
+        return make_plain(name, config.seed, config.designer_kwargs)
     from lacer.search.llm.client import LLMConfig
 
     if not config.llm:
         raise LacerError(f"the designer {name!r} needs an LLM: add e.g. --llm openai:MODEL (and OPENAI_API_KEY, or "
                          "--llm-base-url for a local server), or choose one that needs none, see `lacer designers`")
-    llm = LLMConfig(model=config.llm, base_url=config.llm_base_url, temperature=config.llm_temperature,
+    temperature = cls.temperature if config.llm_temperature is None else config.llm_temperature  # type: ignore[attr-defined]
+    llm = LLMConfig(model=config.llm, base_url=config.llm_base_url, temperature=temperature,
                     timeout=config.llm_timeout, seed=config.seed)
-    designer = cls(config.seed, llm=llm, run_dir=folder, batch=config.batch)  # type: ignore[call-arg]
+    designer = construct(name, cls, config.seed, llm=llm, run_dir=folder, batch=config.batch, **config.designer_kwargs)
     designer.check()  # type: ignore[attr-defined]
     return designer
 

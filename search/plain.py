@@ -11,6 +11,7 @@ from lacer.agents import Call
 from lacer.agents.calls import reference
 from lacer.envs import LacerError, Objective
 from lacer.search.config import SearchConfig, worker_count
+from lacer.search.designers.base import designer_class
 from lacer.search.engine import MAX_REJECTIONS, Budget, Engine, Listener
 from lacer.search.executors import InProcess
 from lacer.search.loop import (
@@ -78,7 +79,10 @@ def search_points(space: SearchSpace, function: Function, config: SearchConfig, 
         reference(function)
     if folder is not None and not resume and folder.exists():
         raise LacerError(f"{folder} exists already; to go on with it: resume={str(folder)!r}")
-    designer = make_designer(name, config, folder or Path())
+    if not designer_class(name).any_space:
+        raise LacerError(f"the designer {name!r} searches encoders; for other spaces choose lm-searcher, or one that "
+                         "needs no LLM, see `lacer designers`")
+    designer = make_designer(name, config, folder)
     if folder is None and config.storage is None:
         return _run(Study(space, objective), designer, function, config, None, quiet)
     if folder is None:

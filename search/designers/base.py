@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 
-from lacer.envs import LacerError, UnknownNameError
+from lacer.envs import LacerError, UnknownNameError, did_you_mean
 from lacer.search.space import Point
 from lacer.search.study import Proposal, Study, Trial
 
@@ -29,6 +31,8 @@ class Designer(ABC):
     name: ClassVar[str]
     needs_llm: ClassVar[bool] = False
     paper: ClassVar[str] = ""
+    any_space: ClassVar[bool] = True
+    """Whether it searches spaces that are not of encoders, too."""
     variants: ClassVar[tuple[str, ...]] = ()
     """Names by which ``NAME:VARIANT`` makes the designer with the argument ``variant``."""
 
@@ -107,11 +111,36 @@ def designer_names() -> list[str]:
     return [n for name, cls in designers().items() for n in ([f"{name}:{v}" for v in cls.variants] or [name])]
 
 
-def make_plain(name: str, seed: int) -> Designer:
-    """A designer that needs no LLM. Raises UnknownNameError."""
+_NO_OPTIONS = ("seed", "variant", "llm", "run_dir", "batch")
+"""Arguments of designers that come from other places than ``designer_kwargs``."""
+
+
+def check_kwargs(name: str, kwargs: Mapping[str, Any]) -> None:
+    """Whether a designer has these options. Raises LacerError with the nearest one, and UnknownNameError."""
+    known = [p for p in inspect.signature(designer_class(name)).parameters if p not in _NO_OPTIONS]
+    for key in kwargs:
+        if key not in known:
+            raise LacerError(f"designer_kwargs: {name} has no option {key!r}{did_you_mean(key, known)} "
+                             + (f"Options: {', '.join(known)}." if known else "It has none."))
+
+
+def make_plain(name: str, seed: int, kwargs: Mapping[str, Any] | None = None) -> Designer:
+    """A designer that needs no LLM, with options.
+
+    Raises:
+        LacerError: it has no such option, or not with such a value; UnknownNameError: there is no such designer.
+    """
     cls, (_, _, variant) = designer_class(name), name.partition(":")
-    return cls(seed, variant=variant) if variant else cls(seed)  # type: ignore[call-arg]
+    return construct(name, cls, seed, **({"variant": variant} if variant else {}), **(kwargs or {}))
 
 
-__all__ = ["Designer", "LacerError", "designer_class", "designer_names", "designers", "fresh_sample", "make_plain",
+def construct(name: str, cls: type[Designer], seed: int, **kwargs: Any) -> Designer:
+    """Calls a designer's constructor. Raises LacerError for options of the wrong type."""
+    try:
+        return cls(seed, **kwargs)
+    except TypeError as e:
+        raise LacerError(f"designer_kwargs: an option of {name} has the wrong type: {e}") from None
+
+
+__all__ = ["Designer", "LacerError", "check_kwargs", "construct", "designer_class", "designer_names", "designers", "fresh_sample", "make_plain",
            "register_designer", "unseen"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ class Answer:
         rationale: the model's reason.
         expected: the objective that the model expects, None if it named none.
         based_on: numbers of the trials that it says it started from.
+        problem: what it says holds the score back.
     """
 
     point: Point | None = None
@@ -32,6 +34,7 @@ class Answer:
     rationale: str = ""
     expected: float | None = None
     based_on: tuple[int, ...] = ()
+    problem: str = ""
 
 
 def clean(text: object, limit: int = MAX_TEXT) -> str:
@@ -40,9 +43,13 @@ def clean(text: object, limit: int = MAX_TEXT) -> str:
     return kept if len(kept) <= limit else kept[:limit - 4] + " ..."
 
 
-def find_json(text: str) -> dict[str, Any]:
+def find_json(text: str, wanted: Sequence[str] = ()) -> dict[str, Any]:
     """The JSON object in a text that may have prose, code fences or several objects around it; the last one that
     looks like a reply.
+
+    Args:
+        text: the reply.
+        wanted: keys of the object that is looked for; default: those of encoders.
 
     Raises:
         LacerError: if there is none, with the place of the first mistake.
@@ -62,6 +69,13 @@ def find_json(text: str) -> dict[str, Any]:
             continue
         found.append(value)
         at = text.find("{", end)
+    if wanted:
+        whole = [v for v in found if all(key in v for key in wanted)]
+        if whole:
+            return whole[-1]
+        form = json.dumps(dict.fromkeys(wanted, "..."))
+        raise LacerError(f"the reply is not valid JSON: {problem}" if problem else
+                         f"the reply holds no JSON object with {', '.join(map(json.dumps, wanted))}; send {form}")
     fitting = [v for v in found if "encoders" in v or "encoder" in v or "sources" in v]
     # A part of a broken object must not pass for the whole: only a real reply may follow a mistake.
     if fitting and (not problem or any("encoders" in v for v in fitting)):
@@ -95,13 +109,13 @@ def _answer(item: Any, space: EncoderSpace) -> Answer:
         expected = None  # NaN too
     based_on = item.get("based_on")
     based_on = tuple(i for i in (based_on if isinstance(based_on, list) else [based_on]) if type(i) is int)[:8]
-    rationale = clean(item.get("rationale") or "")
+    rationale, problem = clean(item.get("rationale") or ""), clean(item.get("problem") or "", 500)
     try:
         bare = {k: item[k] for k in ("sources", "fusion", "routing") if k in item}
         point = to_point(item.get("encoder", bare), space)
     except LacerError as e:
-        return Answer(None, clean(e, 500), rationale, expected, based_on)
-    return Answer(point, "", rationale, expected, based_on)
+        return Answer(None, clean(e, 500), rationale, expected, based_on, problem)
+    return Answer(point, "", rationale, expected, based_on, problem)
 
 
 def to_point(encoder: Any, space: EncoderSpace) -> Point:
@@ -118,8 +132,15 @@ def to_point(encoder: Any, space: EncoderSpace) -> Point:
     return space.from_spec(EncoderSpec.parse(encoder, space.card))
 
 
-def reply_schema(space: EncoderSpace, k: int) -> dict[str, Any]:
-    """JSON schema of a reply with ``k`` encoders out of the space."""
+ASKED: dict[str, dict[str, Any]] = {
+    "problem": {"type": "string"}, "rationale": {"type": "string"},
+    "based_on": {"type": "array", "items": {"type": "integer"}}, "expected": {"type": "number"}}
+"""What a model can be asked for with every encoder."""
+
+
+def reply_schema(space: EncoderSpace, k: int,
+                 ask: Sequence[str] = ("rationale", "based_on", "expected")) -> dict[str, Any]:
+    """JSON schema of a reply with ``k`` encoders out of the space, each with some of :data:`ASKED`."""
     def closed(properties: dict[str, Any], required: list[str] | None = None) -> dict[str, Any]:
         return {"type": "object", "properties": properties, "additionalProperties": False,
                 "required": list(properties) if required is None else required}
@@ -141,6 +162,5 @@ def reply_schema(space: EncoderSpace, k: int) -> dict[str, Any]:
         "routing": closed({"condition": {"enum": list(space.by_name[CONDITION].options)}})}
     encoder = closed({"sources": closed({n: part(n) for n in names}, needed), "fusion": part(FUSION), **routing},
                      ["sources", "fusion"])
-    one = closed({"rationale": {"type": "string"}, "based_on": {"type": "array", "items": {"type": "integer"}},
-                  "expected": {"type": "number"}, "encoder": encoder})
+    one = closed({**{key: ASKED[key] for key in ask}, "encoder": encoder})
     return closed({"encoders": {"type": "array", "items": one, "minItems": k, "maxItems": k}})

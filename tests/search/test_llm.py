@@ -22,7 +22,7 @@ from lacer.envs import LacerError, task_card
 from lacer.search.designers.base import designer_class
 from lacer.search.designers.lacer import Lacer
 from lacer.search.llm import LLMClient, LLMConfig, client, parse_reply, render, reply_schema
-from lacer.search.llm.prompt import quoted
+from lacer.search.llm.words import quoted
 from lacer.search.llm.reply import find_json
 from lacer.search.space import EncoderSpace
 from lacer.search.storage import sqlite_url
