@@ -17,7 +17,7 @@ from lacer.envs import LacerError, UnknownNameError
 from lacer.search.designers.base import Designer
 from lacer.search.designers.evolution import Evolution
 from lacer.search.llm import LLMClient, LLMConfig, LLMError, Message, Reply, parse_reply, reply_schema
-from lacer.search.llm.prompt import SETS, messages, template
+from lacer.search.llm.prompt import SETS, fill, messages
 from lacer.search.llm.reply import MAX_TEXT, Answer, clean, find_json
 from lacer.search.space import Point
 from lacer.search.study import Proposal, Study
@@ -192,13 +192,12 @@ class Turn:
             self._calls[step] = reply.line
             self.charge(tokens_in=reply.tokens_in, tokens_out=reply.tokens_out, seconds=reply.seconds,
                         requests=reply.requests, line=reply.line)
-            before = len(self.accepted)
             errors = read(reply)
             if not errors:
                 return True
             talk = [*talk, {"role": "assistant", "content": reply.text},
-                    {"role": "user", "content": template("repair", d.prompts).render(
-                        errors=errors, accepted=len(self.accepted) if before or self.accepted else 0, wanted=wanted(),
+                    {"role": "user", "content": fill(
+                        "repair", d.prompts, errors=errors, accepted=len(self.accepted), wanted=wanted(),
                         truncated=reply.truncated)}]
         return False
 

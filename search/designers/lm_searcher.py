@@ -13,13 +13,11 @@ from lacer.search.designers.base import fresh_sample, register_designer, unseen
 from lacer.search.designers.evolution import Evolution
 from lacer.search.designers.llm_base import LLMDesigner, Turn
 from lacer.search.llm import LLMConfig
-from lacer.search.llm.prompt import MAX_TOKENS, SETS, template
+from lacer.search.llm.prompt import MAX_TOKENS, SETS, fill, tokens
 from lacer.search.space import Point, SearchSpace
 from lacer.search.study import Proposal, Study
 
 ALPHABET = string.digits + string.ascii_letters
-CODE_CHARS_PER_TOKEN = 1.0
-"""Characters that a token of a code has at least."""
 
 
 @register_designer
@@ -98,11 +96,12 @@ class LMSearcher(LLMDesigner):
         """The prompt, with as much of the history as fits."""
         shown = scores(study)[:self.history]
         while True:
-            text = template("lm_searcher", self.prompts).render(
-                history=[(compact(study.space, p), s) for p, s in shown], pool=pool)
-            if len(text) <= MAX_TOKENS * CODE_CHARS_PER_TOKEN or len(shown) <= 1:
+            text = fill("lm_searcher", self.prompts, pool=pool,
+                        history=[(compact(study.space, p), s) for p, s in shown])
+            used = tokens(text)
+            if used <= MAX_TOKENS or len(shown) <= 1:
                 return text
-            shown = shown[:max(1, min(len(shown) - 1, int(len(shown) * MAX_TOKENS * CODE_CHARS_PER_TOKEN / len(text))))]
+            shown = shown[:max(1, min(len(shown) - 1, len(shown) * MAX_TOKENS // used))]
 
 
 def scores(study: Study) -> list[tuple[Point, float]]:

@@ -11,7 +11,7 @@ import numpy as np
 from lacer.agents import Evaluation
 from lacer.agents.probes import MEANING
 from lacer.encoders import FUSION, BlockConfig, EncoderSpec, list_blocks
-from lacer.search.llm.words import name, num, short
+from lacer.search.llm.words import as_json, name, num, short
 from lacer.search.space import CONDITION, UNUSED, EncoderSpace
 from lacer.search.study import Study, Trial
 
@@ -135,8 +135,8 @@ def ranked(study: Study, without: Collection[int] = ()) -> list[Trial]:
 def example(study: Study, best: Trial | None) -> str:
     """An encoder in the form of a reply: the best one, or the first of the space."""
     if best is not None and best.spec is not None:
-        return json.dumps(best.spec.to_dict(), ensure_ascii=False)
-    return json.dumps(study.encoders.to_spec(next(study.space.points(limit=1))).to_dict(), ensure_ascii=False)
+        return as_json(best.spec.to_dict())
+    return as_json(study.encoders.to_spec(next(study.space.points(limit=1))).to_dict())
 
 
 def history(study: Study, feedback: Collection[str], detail: int, lines: int, names: int) -> dict[str, Any]:
@@ -152,10 +152,11 @@ def history(study: Study, feedback: Collection[str], detail: int, lines: int, na
     order = ranked(study, hidden)
     best = order[0] if order else None
     others = [t for t in order if t is not expert]
-    third = detail // 3
-    chosen = {t.number for t in others[:detail - 2 * third]}
-    for more in (sorted(others, key=lambda t: -t.number), sorted(others, key=lambda t: -_surprise(t, study))):
-        chosen |= {t.number for t in [t for t in more if t.number not in chosen][:third]}
+    telling, latest = detail // 3, max(1, detail // 3)
+    chosen = {t.number for t in others[:detail - telling - latest]}
+    for n, more in ((latest, sorted(others, key=lambda t: -t.number)),
+                    (telling, sorted(others, key=lambda t: -_surprise(t, study)))):
+        chosen |= {t.number for t in [t for t in more if t.number not in chosen][:n]}
     rest = [t for t in others if t.number not in chosen]
     lines, names = min(lines, len(rest)), min(names, max(0, len(rest) - lines))
     failed = [t for t in trials if t.status in ("failed", "pruned") and t is not expert]

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Sequence
+from functools import lru_cache
 
 from lacer.encoders import FUSION, EncoderSpec
 from lacer.search.llm.reply import clean
 from lacer.search.space import CONDITION
 
+_UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 _PLAIN = re.compile(r"[\w+-]{1,80}")
 
 
+def as_json(value: object) -> str:
+    """JSON on one line, whose strings hold no character that ends a line, closes a fence or hides text."""
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(f"\\u{ord(c):04x}" if c == "`" or (ord(c) < 0x10000 and unicodedata.category(c) in _UNSEEN) else c
+                   for c in text)
+
+
+@lru_cache(maxsize=10_000)  # a prompt is rendered several times, until it is short enough
 def quoted(text: object, limit: int = 1500) -> str:
-    """A text as a JSON string on one line."""
-    return json.dumps(clean(text, limit).replace("`", "'"), ensure_ascii=False)
+    """A text as a JSON string on one line, without characters that are not seen."""
+    return as_json(clean(text, limit).replace("`", "'"))
 
 
 def name(text: object) -> str:

@@ -9,6 +9,10 @@ It prints its port, and answers the n-th POST with the n-th reply, later ones wi
 - ``{"hang": true}``: never answers; ``{"trickle": true}``: one blank every 50 ms, for ever;
 - ``{"cut": true}``: stops in the middle of the body.
 
+With ``{"designer": KIND}`` in place of replies, a scripted designer reads the prompts and answers, see ``scripted.py``;
+KIND may also be "slow" (never answers in time) and "cut" (stops in mid-stream). A path that begins with a kind,
+``/good/v1/...``, is answered by that one, whatever the script says.
+
 ``formats``: response formats that the server takes, any if absent; others get 400 and use up no reply.
 ``GET /requests`` gives all requests so far: path, headers, body and seconds since the start.
 """
@@ -23,11 +27,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # a script finds its neighbours by itself
+    import scripted
+
 
 def main(script: dict[str, Any]) -> None:
     """Serves until it is killed."""
     seen: list[dict[str, Any]] = []
-    lock, start, used = threading.Lock(), time.monotonic(), [0]
+    lock, start, used, count = threading.Lock(), time.monotonic(), [0], [0]
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -49,12 +56,19 @@ def main(script: dict[str, Any]) -> None:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             form = body.get("response_format", {}).get("type", "plain")
+            kind = self.path.split("/")[1]
+            kind = kind if kind in ("good", "stubborn", "garbage", "reasoner", "slow", "cut") else script.get("designer")
             with lock:
+                count[0] += 1
                 seen.append({"path": self.path, "headers": {k.lower(): v for k, v in self.headers.items()},
                              "body": body, "at": time.monotonic() - start})
                 refused = form not in script.get("formats", [form])
-                reply = script["replies"][min(used[0], len(script["replies"]) - 1)]
-                used[0] += not refused
+                if kind is not None:
+                    reply = ({"hang": True} if kind == "slow" else {"cut": True} if kind == "cut" else
+                             {"text": scripted.answer(kind, body["messages"], count[0])})
+                else:
+                    reply = script["replies"][min(used[0], len(script["replies"]) - 1)]
+                    used[0] += not refused
             if refused:
                 self.send(400, json.dumps({"error": {"message": f"response_format {form} is unknown"}}).encode(), {})
             elif "status" in reply:
