@@ -58,7 +58,7 @@ class FeedbackMemory(LLMDesigner):
         best = facts(order[0], study) if order else None
         last = max(order, key=lambda t: t.number, default=None)
         current = facts(last, study) if last is not None and last is not order[0] else None
-        told: dict[str, Any] = {"prompts": self.prompts, "feedback": ("reward", "noise"), "best": best}
+        told: dict[str, Any] = {"prompts": self.prompts, "feedback": ("expert", "reward", "noise"), "best": best}
         advice = turn.fields("improver", render("improver", study, current=current, past=memory(
             study, self.window, (self.name,)), **told), ADVICE, _advice)
         turn.notes |= {"problem": advice["reason"], "suggestions": advice["suggestions"]}

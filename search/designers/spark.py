@@ -68,7 +68,7 @@ class Spark(LLMDesigner):
         factors = self._factors(study, base)
         about = {f["name"]: f for f in factors}
         told: dict[str, Any] = {
-            "prompts": self.prompts, "feedback": ("probes", "reward", "noise"), "errors": errors(study, self.name),
+            "prompts": self.prompts, "feedback": ("expert", "probes", "reward", "noise"), "errors": errors(study, self.name),
             "window": FAILURES, "stagnation": stagnation(study)}
         base_facts = tell.facts(base, study) if base.objective is not None else None
 

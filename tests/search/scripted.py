@@ -30,7 +30,7 @@ def answer(kind: str, messages: list[dict[str, Any]], count: int) -> str:
     if step == "directive":
         return json.dumps({"directive": "try another value"})
     if step == "rank":
-        pool = re.split(r"^# ", prompt, flags=re.M)[-2].split("\n")
+        pool = re.split(r"^# ", prompt, flags=re.M)[-2].split("\n")[1:]
         codes = [line for line in pool if re.fullmatch(r"[\w.]+", line)]
         return json.dumps({"best": "0" if kind == "stubborn" else codes[count % len(codes)]})
     encoder = example_of(prompt)
