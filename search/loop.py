@@ -112,7 +112,7 @@ def plan(config: SearchConfig) -> Plan:
 
 
 def make_designer(name: str, config: SearchConfig, folder: Path | None) -> Designer:
-    """A designer as configured. Raises LacerError if an LLM designer's key or model is missing, or an option is wrong."""
+    """A designer as configured. Raises LacerError if an LLM designer's key or model is missing, or an option wrong."""
     cls = designer_class(name)
     check_kwargs(name, config.designer_kwargs)
     if not cls.needs_llm:
@@ -122,7 +122,9 @@ def make_designer(name: str, config: SearchConfig, folder: Path | None) -> Desig
     if not config.llm:
         raise LacerError(f"the designer {name!r} needs an LLM: add e.g. --llm openai:MODEL (and OPENAI_API_KEY, or "
                          "--llm-base-url for a local server), or choose one that needs none, see `lacer designers`")
-    temperature = cls.temperature if config.llm_temperature is None else config.llm_temperature  # type: ignore[attr-defined]
+    temperature = config.llm_temperature
+    if temperature is None:
+        temperature = cls.temperature  # type: ignore[attr-defined]
     llm = LLMConfig(model=config.llm, base_url=config.llm_base_url, temperature=temperature,
                     timeout=config.llm_timeout, seed=config.seed)
     designer = construct(name, cls, config.seed, llm=llm, run_dir=folder, batch=config.batch, **config.designer_kwargs)

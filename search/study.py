@@ -107,7 +107,8 @@ class Study:
     def encoders(self) -> EncoderSpace:
         """The search space where it is one of encoders. Raises LacerError if it is another one."""
         if not isinstance(self.space, EncoderSpace):
-            raise LacerError("this designer searches encoders; for other spaces choose lm-searcher, or one that needs no LLM")
+            raise LacerError("this designer searches encoders; for other spaces choose lm-searcher, or one that needs "
+                             "no LLM")
         return self.space
 
     @property

@@ -142,5 +142,5 @@ def construct(name: str, cls: type[Designer], seed: int, **kwargs: Any) -> Desig
         raise LacerError(f"designer_kwargs: an option of {name} has the wrong type: {e}") from None
 
 
-__all__ = ["Designer", "LacerError", "check_kwargs", "construct", "designer_class", "designer_names", "designers", "fresh_sample", "make_plain",
-           "register_designer", "unseen"]
+__all__ = ["Designer", "LacerError", "check_kwargs", "construct", "designer_class", "designer_names", "designers",
+           "fresh_sample", "make_plain", "register_designer", "unseen"]

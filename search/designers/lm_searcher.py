@@ -26,8 +26,8 @@ class LMSearcher(LLMDesigner):
 
     LM-Searcher (2509.05657): architectures are NCodes; after ``start`` random trials every trial draws a pool, half at
     random, half by evolution (appendix C), and the model, shown the best ``history`` trials with min-max normalised
-    scores, names the best candidate. The paper fine-tunes its model for that task: with a stock model this is a variant,
-    not LM-Searcher.
+    scores, names the best candidate. The paper fine-tunes its model for that task: with a stock model this is a
+    variant, not LM-Searcher.
 
     Deviations: a code has one character per decision out of 62 instead of ten digits (dotted numbers for spaces with
     more options), and "_" where a decision is not asked; the worst of the history is left out where the prompt would

@@ -68,8 +68,8 @@ class Spark(LLMDesigner):
         factors = self._factors(study, base)
         about = {f["name"]: f for f in factors}
         told: dict[str, Any] = {
-            "prompts": self.prompts, "feedback": ("expert", "probes", "reward", "noise"), "errors": errors(study, self.name),
-            "window": FAILURES, "stagnation": stagnation(study)}
+            "prompts": self.prompts, "feedback": ("expert", "probes", "reward", "noise"),
+            "errors": errors(study, self.name), "window": FAILURES, "stagnation": stagnation(study)}
         base_facts = tell.facts(base, study) if base.objective is not None else None
 
         def route(data: dict[str, Any]) -> dict[str, Any]:
@@ -113,8 +113,9 @@ class Spark(LLMDesigner):
                          f"it is in #{base.number}", {"fault": "entangled", "outside": outside})
 
         ask = ("rationale", "expected")
-        prompt = render("edit", study, factor=factor, directive=directive, ask=ask, base=base, tried=self._tried(
-            study, base, factor["name"]), example=tell.example(study, base), space=tell.space(study, (factor["name"].rsplit(".", 1)[0],)), **told)
+        prompt = render("edit", study, factor=factor, directive=directive, ask=ask, base=base,
+                        tried=self._tried(study, base, factor["name"]), example=tell.example(study, base),
+                        space=tell.space(study, (factor["name"].rsplit(".", 1)[0],)), **told)
         turn.encoders(prompt, ask=ask, step="edit", check=scope, parents=[base.number], tries=1 + self.retries)
 
     def _factors(self, study: Study, base: Trial) -> list[dict[str, Any]]:
@@ -177,10 +178,7 @@ def factors_changed(space: EncoderSpace, before: Mapping[str, Any], after: Mappi
     out = set()
     for part in [*space.card.sources, FUSION]:
         key = f"{part}.block"
-        if part == FUSION:
-            rewired = before[key] != after[key]
-        else:
-            rewired = (before[key] == UNUSED) != (after[key] == UNUSED)
+        rewired = before[key] != after[key] if part == FUSION else (before[key] == UNUSED) != (after[key] == UNUSED)
         if rewired:
             out.add(f"{part}.{WIRING}")
         elif any(before.get(d.name) != after.get(d.name) for d in space.decisions if d.name.startswith(f"{part}.")):

@@ -12,12 +12,12 @@ from lacer.agents import Evaluation
 from lacer.agents.probes import MEANING
 from lacer.encoders import FUSION, BlockConfig, EncoderSpec, list_blocks
 from lacer.search.llm.words import as_json, name, num, short
-from lacer.search.space import CONDITION, UNUSED, EncoderSpace
+from lacer.search.space import CONDITION, UNUSED
 from lacer.search.study import Study, Trial
 
 PAPER = ("expert", "reward", "probes", "redundancy", "rationale")
-"""What the prompt of 2512.06982 tells beside the space and every encoder's task metric. Its dialogue repeats the model's
-own words, so its rationales are part of it."""
+"""What the prompt of 2512.06982 tells beside the space and every encoder's task metric. Its dialogue repeats the
+model's own words, so its rationales are part of it."""
 
 FEEDBACK = {
     "expert": "the expert's encoder with its score",
@@ -140,8 +140,8 @@ def example(study: Study, best: Trial | None) -> str:
 
 
 def history(study: Study, feedback: Collection[str], detail: int, lines: int, names: int) -> dict[str, Any]:
-    """The trials, digested: the expert's, the best, the latest and the most telling in detail; more in a line each, told
-    by what sets them apart from the best; more by the names of their blocks; the rest as a number.
+    """The trials, digested: the expert's, the best, the latest and the most telling in detail; more in a line each,
+    told by what sets them apart from the best; more by the names of their blocks; the rest as a number.
 
     A trial is the more telling, the further its score was from what was expected, or else from the score of the trial
     that it was derived from.
@@ -195,7 +195,7 @@ def _surprise(t: Trial, study: Study) -> float:
 
 
 def facts(trial: Trial, study: Study, best: Trial | None = None) -> dict[str, Any]:
-    """What there is to tell about a finished trial; its encoder by what sets it apart from the best, if that is given."""
+    """What there is to tell about a finished trial; its encoder by what sets it apart from the best, if given."""
     e = trial.evaluation
     assert e is not None
     values = e.metrics.get(study.objective.metric, [])
@@ -207,15 +207,29 @@ def facts(trial: Trial, study: Study, best: Trial | None = None) -> dict[str, An
             if "/" not in probe and probe != REDUNDANCY:
                 probes.setdefault(probe, {})[part] = value
     redundancy = [(part, *max(pairs, key=lambda p: p[1])) for part in parts if (pairs := _single(e, part, REDUNDANCY))]
-    return {"t": trial, "e": e, "error": error, "text": shortest(trial, best, list(study.card.sources)), "probes": probes, "redundancy": redundancy, "curve": curve(e),
-            "single": [(part, sorted(values, key=lambda kv: -kv[1])[:5 if part == "fused" else 1])
-                       for part in parts if (values := _single(e, part, "linear_probe"))],
-            "expected": trial.proposal.meta.get("expected")}
+    return {"t": trial, "e": e, "error": error, "text": shortest(trial, best, list(study.card.sources)),
+            "probes": probes, "redundancy": redundancy, "curve": curve(e),
+            "variables": _variables(e, list(study.card.sources)), "expected": trial.proposal.meta.get("expected")}
 
 
 def _single(e: Evaluation, part: str, probe: str) -> list[tuple[str, float]]:
     """The values ``PROBE/NAME`` of a part, by name."""
     return [(k.split("/", 1)[1], v) for k, v in e.probes.get(part, {}).items() if k.startswith(f"{probe}/")]
+
+
+def _variables(e: Evaluation, sources: Sequence[str], n: int = 6) -> list[tuple[str, str, float, float]]:
+    """State variables with the source that tells most of them, how much that is, and how much the fused state tells;
+    those first that lose most on the way, the others by what is known of them."""
+    best: dict[str, tuple[str, float]] = {}
+    for part in sources:
+        for variable, value in _single(e, part, "linear_probe"):
+            if variable not in best or value > best[variable][1]:
+                best[variable] = (part, value)
+    fused = dict(_single(e, "fused", "linear_probe"))
+    rows = [(v, *best[v], fused.get(v, 0.0)) for v in best]
+    lost = sorted(rows, key=lambda r: r[3] - r[2])[:n - n // 3]
+    known = sorted((r for r in rows if r not in lost), key=lambda r: -max(r[2], r[3]))
+    return [*lost, *known[:n - len(lost)]]
 
 
 def curve(e: Evaluation, points: int = 5) -> list[tuple[int, float]]:
@@ -304,8 +318,8 @@ def outcome(trial: Trial, study: Study) -> str:
 def memory(study: Study, k: int, by: Collection[str]) -> list[dict[str, Any]]:
     """The last ``k`` proposals of some designers, oldest first: problem, suggestion, outcome (2603.12091).
 
-    Rejected proposals and failed trainings are remembered like the others. The suggestion is what the model said that it
-    would change, and what it did change.
+    Rejected proposals and failed trainings are remembered like the others. The suggestion is what the model said that
+    it would change; beside it stands what it did change.
     """
     out: list[dict[str, Any]] = []
     sources = list(study.card.sources)

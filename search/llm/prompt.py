@@ -1,8 +1,9 @@
 """Prompts: what a study tells (``facts.py``), put into words by the templates in ``prompts/``.
 
-There are several sets of templates, which say the same in different words, so that it can be measured how much the words
-matter. Text of environments and of earlier replies goes in as JSON strings (filter ``q``), so it can neither close a
-fence or a heading nor be taken for template code: Jinja renders its values once and never reads them as templates.
+There are several sets of templates, which say the same in different words, so that it can be measured how much the
+words matter. Text of environments and of earlier replies goes in as JSON strings (filter ``q``), so it can neither
+close a fence or a heading nor be taken for template code: Jinja renders its values once and never reads them as
+templates.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ _PIECES = re.compile(r"[^\W\d_]{1,6}|\d{1,2}|[^\w\s]|_")
 
 _LEVELS = ((9, 60, 400, 20), (7, 50, 300, 20), (6, 40, 200, 20), (5, 32, 100, 20), (4, 26, 80, 8), (4, 20, 60, 8),
            (3, 16, 50, 8), (3, 12, 40, 8), (2, 10, 30, 8), (2, 8, 20, 5), (2, 6, 12, 5), (2, 4, 8, 4), (2, 2, 4, 2))
-"""(trials told in detail, further trials told in a line, further ones by their blocks, remembered proposals), tried until
-the prompt is short enough."""
+"""(trials told in detail, further trials told in a line, further ones by their blocks, remembered proposals), tried
+until the prompt is short enough."""
 
 
 @cache
@@ -45,8 +46,8 @@ def _environment() -> jinja2.Environment:
 
 
 def template(which: str, prompts: str = SETS[0]) -> jinja2.Template:
-    """The template ``prompts/SET/WHICH.md``. Filters: ``q`` (JSON string), ``name`` (a word, or a JSON string), ``num``,
-    ``short`` (an encoder in a line), ``options`` (JSON)."""
+    """The template ``prompts/SET/WHICH.md``. Filters: ``q`` (JSON string), ``name`` (a word, or a JSON string),
+    ``num``, ``short`` (an encoder in a line), ``options`` (JSON)."""
     return _environment().get_template(f"{prompts}/{which}.md")
 
 

@@ -32,7 +32,7 @@ def conversation(folder: Path, number: int) -> str:
         lines["last request"] = meta["transcript"]
     if not lines:
         why = meta.get("llm_failed")
-        raise LacerError(f"#{number} was proposed by {attrs.get('designer', '?')}, for which no language model was asked"
+        raise LacerError(f"no language model was asked for #{number}, which {attrs.get('designer', '?')} proposed"
                          + (f" ({why})" if why else ""))
     out = [f"#{number}, proposed by {attrs.get('designer', '?')}" + (
         f", rejected: {attrs['rejected']}" if attrs.get("rejected") else "")]

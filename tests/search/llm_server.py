@@ -57,7 +57,8 @@ def main(script: dict[str, Any]) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             form = body.get("response_format", {}).get("type", "plain")
             kind = self.path.split("/")[1]
-            kind = kind if kind in ("good", "stubborn", "garbage", "reasoner", "slow", "cut") else script.get("designer")
+            if kind not in ("good", "stubborn", "garbage", "reasoner", "slow", "cut"):
+                kind = script.get("designer")
             with lock:
                 count[0] += 1
                 seen.append({"path": self.path, "headers": {k.lower(): v for k, v in self.headers.items()},

@@ -53,7 +53,7 @@ def step_of(prompt: str) -> str:
     asked = prompt[prompt.rindex("\n# "):]
     for key, step in (('"suggestions"', "improver"), ('"factor"', "router"), ('"directive"', "directive"),
                       ('"best"', "rank")):
-        if f"{{{key}" in asked or f", {key}: " in asked and '"encoders"' not in asked:
+        if f"{{{key}" in asked or (f", {key}: " in asked and '"encoders"' not in asked):
             return step
     return "encoders"
 
@@ -100,7 +100,8 @@ def neighbours(encoder: Encoder, options: dict[str, Any], factor: str = "") -> I
                 yield from (changed(encoder, part, {"block": b, **{f: o[0] for f, o in fields.items()}})
                             for b, fields in blocks.items() if b != old["block"] and b != "film")
             else:
-                block = None if old else next({"block": b, **{f: o[0] for f, o in x.items()}} for b, x in blocks.items())
+                first = next({"block": b, **{f: o[0] for f, o in x.items()}} for b, x in blocks.items())
+                block = None if old else first
                 yield changed(encoder, part, block)
             continue
         for field, values in blocks[old["block"]].items():
@@ -122,8 +123,8 @@ def changed(encoder: Encoder, part: str, block: dict[str, Any] | None) -> Encode
 def reason(prompt: str, encoder: Encoder, useless: float = 0.03) -> Encoder:
     """What a perfect reasoner over the probes does: it drops a used source whose features carry none of the state, and
     otherwise widens the fusion. Without probes in the prompt there is no such source to be known."""
-    probed = dict(re.findall(r"(\w+): \w+ ([\d.e-]+)", "".join(re.findall(
-        r"linear_probe by state variable[^\n]*?: (.*)", prompt)).replace(";", "\n")))
+    lines = re.findall(r"- linear_probe: ([\w., e-]+)\n", prompt)
+    probed = {p.split()[0]: p.split()[1] for line in lines for p in line.split(", ")}
     for source in [s for s in encoder["sources"] if s in probed and float(probed[s]) < useless]:
         return changed(encoder, source, None)
     widths = options_of(prompt)["fusion"][encoder["fusion"]["block"]]["width"]

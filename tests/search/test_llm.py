@@ -21,8 +21,8 @@ from lacer.envs import LacerError, task_card
 from lacer.search.designers.base import designer_class
 from lacer.search.designers.lacer import Lacer
 from lacer.search.llm import LLMClient, LLMConfig, client, parse_reply
-from lacer.search.llm.words import quoted
 from lacer.search.llm.reply import find_json
+from lacer.search.llm.words import quoted
 from lacer.search.space import EncoderSpace
 from lacer.search.storage import sqlite_url
 from lacer.search.study import Proposal, StoredStudy, Study

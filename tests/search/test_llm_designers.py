@@ -1,4 +1,4 @@
-"""All designers with a language model, over real HTTP, in OpenAI's and in Anthropic's format, with scripted designers."""
+"""All designers with a language model, over real HTTP, in OpenAI's and in Anthropic's format, against scripted ones."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_batches_are_lacers_alone(server: Server) -> None:
             make(name, server, "good", batch=5)
 
 
-# -- the scope of an edit ----------------------------------------------------------------------------------------------
+# -- the scope of an edit ---------------------------------------------------------------------
 
 
 def spec_diff(a: EncoderSpec, b: EncoderSpec) -> set[str]:
@@ -257,7 +257,7 @@ def test_an_edit_outside_its_factor_is_refused(server: Server, monkeypatch: pyte
     assert rates(study) == {"valid_rate": 0.5, "entanglement_rate": 0.5, "edits": 2}
 
 
-# -- feedback memory, LM-Searcher --------------------------------------------------------------------------------------
+# -- feedback memory, LM-Searcher -------------------------------------------------------------
 
 
 def test_dummy_forward_runs_every_block_and_finds_what_cannot_run() -> None:
@@ -334,28 +334,32 @@ def test_only_lm_searcher_searches_other_spaces(server: Server) -> None:
                    llm="openai:x", llm_base_url=url(server, "good"))
 
 
-# -- configuration -------------------------------------------------------------------------------------------------------
+# -- configuration ----------------------------------------------------------------------------
 
 
 def test_options_of_designers() -> None:
     config = SearchConfig(llm="openai:x", llm_base_url="http://127.0.0.1:9/v1", designer_kwargs={"window": 3})
     assert make_designer("feedback-memory", config, None).window == 3  # type: ignore[attr-defined]
-    assert make_designer("evolution", SearchConfig(designer_kwargs={"population": 16}), None).population == 16  # type: ignore[attr-defined]
-    for name, key, message in (("lacer", "feedbck", "did you mean 'feedback'"), ("spark", "llm", "Options: prompts, retries"),
-                               ("random", "x", "random has no option 'x'")):
+    plain: Any = make_designer("evolution", SearchConfig(designer_kwargs={"population": 16}), None)
+    assert plain.population == 16
+    for name, key, message in (("lacer", "feedbck", "did you mean 'feedback'"),
+                               ("spark", "llm", "Options: prompts, retries"), ("random", "x", "random has no option")):
         with pytest.raises(LacerError, match=message):
             check_kwargs(name, {key: 1})
     with pytest.raises(LacerError, match="wrong type"):
         make_designer("feedback-memory", config.model_copy(update={"designer_kwargs": {"window": "five"}}), None)
-    temperature = {n: make_designer(n, config.model_copy(update={"designer_kwargs": {}}), None).llm.temperature for n in ALL}  # type: ignore[attr-defined]
-    assert temperature == {"lacer": 1.0, "genius": 0.0, "feedback-memory": 1.0, "spark": 1.0, "lm-searcher": 1.0}
-    set_by_user = config.model_copy(update={"llm_temperature": 0.3, "designer_kwargs": {}})
-    assert make_designer("genius", set_by_user, None).llm.temperature == 0.3  # type: ignore[attr-defined]
+
+    def temperature(name: str, **update: Any) -> float:
+        made: Any = make_designer(name, config.model_copy(update={"designer_kwargs": {}, **update}), None)
+        return made.llm.temperature
+
+    assert [temperature(n) for n in ALL] == [1.0, 0.0, 1.0, 1.0, 1.0]
+    assert temperature("genius", llm_temperature=0.3) == 0.3
     with pytest.raises(LacerError, match="did you mean 'window'"):
         search("lacer/KnownSources-v0", designer="lacer", llm="openai:x", designer_kwargs={"windw": 1})
 
 
-# -- the feedback really is in the prompt --------------------------------------------------------------------------------
+# -- the feedback really is in the prompt -----------------------------------------------------
 
 STEERED = {**TINY, "env_kwargs": {"sources": ["position", "trend", "noise"]}, "wandb": "off", "executor": "inprocess",
            "candidates": 5, "ahead": 0, "limits": {}}
@@ -380,13 +384,14 @@ def real_evaluation() -> Evaluation:
     """Probes of the expert's encoder after one short PPO run."""
     spec = {"sources": {"position": {"block": "mlp"}, "trend": {"block": "gru"}, "noise": {"block": "mlp"}},
             "fusion": {"block": "concat"}}
-    return run(RunRequest(env="lacer/KnownSources-v0", env_kwargs=STEERED["env_kwargs"], encoder=spec, text_model="hash",
-                          protocol=Protocol.model_validate({**STEERED["protocol"], "steps": 256, "eval_episodes": 8})))
+    protocol = Protocol.model_validate({**STEERED["protocol"], "steps": 256, "eval_episodes": 8})
+    return run(RunRequest(env="lacer/KnownSources-v0", env_kwargs=STEERED["env_kwargs"], encoder=spec,
+                          protocol=protocol, text_model="hash"))
 
 
 def test_a_reasoner_over_probes_drops_the_useless_source(server: Server, real_evaluation: Evaluation) -> None:
-    """Every encoder gets the probes that one real run measured for the sources that it uses; the scores are made up, and
-    the same for all, so nothing but the probes tells which source is useless."""
+    """Every encoder gets the probes that one real run measured for the sources that it uses; the scores are made up,
+    and the same for all, so nothing but the probes tells which source is useless."""
     assert real_evaluation.ok
     space = EncoderSpace(task_card("lacer/KnownSources-v0", **STEERED["env_kwargs"]))
     used: dict[str, list[set[str]]] = {}
@@ -411,7 +416,7 @@ def test_a_reasoner_over_probes_drops_the_useless_source(server: Server, real_ev
     assert {"position", "trend"} not in used["genius"]
 
 
-# -- lacer prompt ----------------------------------------------------------------------------------------------------------
+# -- lacer prompt -----------------------------------------------------------------------------
 
 
 def test_lacer_prompt_shows_what_the_model_saw_and_said(server: Server, tmp_path: Path,
