@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
+from lacer import configs
 from lacer.agents import Evaluation, Protocol, RunRequest, run
 from lacer.encoders import EncoderSpec
 from lacer.envs import LacerError, task_card
@@ -357,6 +359,42 @@ def test_options_of_designers() -> None:
     assert temperature("genius", llm_temperature=0.3) == 0.3
     with pytest.raises(LacerError, match="did you mean 'window'"):
         search("lacer/KnownSources-v0", designer="lacer", llm="openai:x", designer_kwargs={"windw": 1})
+
+
+FILES = sorted(p for folder in ("comparisons", "ablations") for p in Path(configs.__file__).parent.joinpath(
+    folder).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_comparisons_and_ablations_are_whole(path: Path) -> None:
+    """Every entry is a configuration that a search would start with."""
+    data = yaml.safe_load(path.read_text())
+    assert data.keys() == {"base", "seeds", "designers"}
+    assert data["seeds"] == list(range(8))
+    assert data["base"]["candidates"] == 50
+    seen = set()
+    for label, entry in data["designers"].items():
+        assert entry.keys() <= {"designer", "batch", "designer_kwargs"}, label
+        config = validate({**data["base"], **entry, "llm": "openai:x", "llm_base_url": "http://127.0.0.1:9/v1"},
+                          f"{path.name}: {label}")
+        made: Any = make_designer(config.designer, config, None)
+        options = {k: v for k, v in vars(made).items() if k != "client"}
+        seen.add(json.dumps([config.designer, options], default=str, sort_keys=True))
+    assert len(seen) == len(data["designers"])
+
+
+def test_nested_ablation_adds_one_part_at_a_time() -> None:
+    from lacer.search.llm.facts import FEEDBACK
+
+    path = next(p for p in FILES if p.stem == "nested")
+    before: set[str] = set()
+    for i, entry in enumerate(yaml.safe_load(path.read_text())["designers"].values()):
+        config = SearchConfig(llm="openai:x", llm_base_url="http://127.0.0.1:9/v1", **entry)
+        parts = set(make_designer("lacer", config, None).feedback)  # type: ignore[attr-defined]
+        assert len(parts) == i
+        assert before < parts or not i
+        before = parts
+    assert before == set(FEEDBACK)
 
 
 # -- the feedback really is in the prompt -----------------------------------------------------
