@@ -26,6 +26,7 @@ from lacer.encoders import EncoderSpec
 from lacer.envs import LacerError, Objective, TaskCard, task_card
 from lacer.search.config import RESUMABLE, SearchConfig, expert_spec, memory_share, validate, worker_count
 from lacer.search.designers.base import Designer, check_kwargs, construct, designer_class, make_plain
+from lacer.search.designers.spark import rates
 from lacer.search.engine import MAX_REJECTIONS, Budget, Engine, Listener
 from lacer.search.executors import Event, Executor, InProcess, ProcessPool
 from lacer.search.files import read_config, read_json, write_config, write_whole
@@ -522,6 +523,7 @@ class _Driver(Listener):
         for t in self.study.trials:
             for key in ("tokens_in", "tokens_out", "requests"):
                 usage[key] = usage.get(key, 0) + float(t.proposal.meta.get(key) or 0)
+        usage |= rates(self.study)
         provenance = read_json(self.folder / "versions.json")
         return Outcome(
             card=self.card, trials=self.study.trials, finals=finals, winner=None if best is None else best.number,

@@ -29,7 +29,7 @@ class Outcome:
         versions: versions of the packages.
         command: the command line that repeats the search.
         seconds: wall time so far.
-        usage: LLM tokens and requests, empty without an LLM.
+        usage: LLM tokens and requests, and the rates of SPARK's edits; empty without an LLM.
     """
 
     card: TaskCard

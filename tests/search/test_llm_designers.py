@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from lacer.search.designers.llm_base import LLMDesigner
 from lacer.search.designers.lm_searcher import LMSearcher, scores
 from lacer.search.designers.spark import factors_changed, factors_of, rates
 from lacer.search.llm import LLMConfig, client
+from lacer.search.llm.prompt import SETS
 from lacer.search.loop import make_designer
 from lacer.search.space import EncoderSpace, Point
 from lacer.search.study import Proposal, Study
@@ -498,4 +501,33 @@ def test_a_whole_search(name: str, server: Server, tmp_path: Path) -> None:
     made = [t for t in result.outcome.trials if t.status != "rejected"][1:]
     assert {t.proposal.designer for t in made} == {name}
     assert result.outcome.usage["requests"] > 0
-    assert validate({"designer": name}, "x").designer == name
+    if name == "spark":
+        assert 0 < result.outcome.usage["valid_rate"] <= 1
+        assert "LLM entanglement rate" in result.report.read_text()
+
+
+@pytest.mark.slow
+def test_benchmark_of_prompt_sets(server: Server, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parents[2] / "benchmarks" / "prompt_sets.py", "llm=openai:x", "seeds=2",
+         f"llm_base_url={url(server, 'good')}", "candidates=3", "steps=256", "episodes=2", f"out={tmp_path}"],
+        capture_output=True, text=True, check=True, timeout=600)
+    got = json.loads(done.stdout.splitlines()[-1])
+    assert got["proposed_by_model"] == 1
+    assert {len(s) for s in got["scores"].values()} == {2}
+    prompts = [json.loads((tmp_path / f"{s}-0" / "llm_transcript.jsonl").read_text().splitlines()[0])["messages"][1]
+               for s in SETS]
+    assert len({p["content"][:40] for p in prompts}) == 3
+
+
+def test_spreads_of_prompt_sets() -> None:
+    from benchmarks.prompt_sets import spreads
+
+    rng = np.random.default_rng(0)
+    noise = 0.1 * rng.normal(size=(3, 2000))
+    got = spreads(noise + np.array([[0.0], [1.0], [2.0]]))
+    assert got["between_sets"] == pytest.approx(1, rel=0.02)
+    assert got["between_seeds"] == pytest.approx(0.1, rel=0.05)
+    assert got["share"] == pytest.approx(1 / 1.01, rel=0.01)
+    assert spreads(noise)["between_sets"] < 0.005
+    assert spreads(np.array([[1.0], [2.0], [3.0]]))["between_seeds"] == 0
