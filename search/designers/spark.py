@@ -112,7 +112,7 @@ class Spark(LLMDesigner):
             return Wrong(f"the edit changes {', '.join(outside)}, outside the factor {factor['name']}; leave that as "
                          f"it is in #{base.number}", {"fault": "entangled", "outside": outside})
 
-        ask = ("rationale", "expected")
+        ask = ("rationale",)  # the editor does not see scores
         prompt = render("edit", study, factor=factor, directive=directive, ask=ask, base=base,
                         tried=self._tried(study, base, factor["name"]), example=tell.example(study, base),
                         space=tell.space(study, (factor["name"].rsplit(".", 1)[0],)), **told)

@@ -93,7 +93,7 @@ def space(study: Study, only: Collection[str] = ()) -> dict[str, Any]:
                     "optional": part != FUSION and UNUSED in options,
                     "layout": "" if source is None else _layout(modality, source.shape)})
     d = s.by_name.get(CONDITION)
-    routing = None if d is None else {"blocks": list(d.asked_for), "options": list(d.options)}
+    routing = None if d is None or (only and FUSION not in only) else {"blocks": list(d.asked_for), "options": list(d.options)}
     return {"parts": out, "routing": routing,
             "optional": any(UNUSED in s.by_name[f"{n}.block"].options for n in s.card.sources)}
 
@@ -161,7 +161,7 @@ def history(study: Study, feedback: Collection[str], detail: int, lines: int, na
     lines, names = min(lines, len(rest)), min(names, max(0, len(rest) - lines))
     failed = [t for t in trials if t.status in ("failed", "pruned") and t is not expert]
     rejected = [t for t in trials if t.status == "rejected"]
-    limit = max(2, detail)
+    limit = detail if detail > 2 else 1
     sources = list(study.card.sources)
     return {
         "sources": sources, "best": best, "count": len(order), "expert": expert,

@@ -29,7 +29,8 @@ MAX_TOKENS = 8000
 _PIECES = re.compile(r"[^\W\d_]{1,6}|\d{1,2}|[^\w\s]|_")
 
 _LEVELS = ((9, 60, 400, 20), (7, 50, 300, 20), (6, 40, 200, 20), (5, 32, 100, 20), (4, 26, 80, 8), (4, 20, 60, 8),
-           (3, 16, 50, 8), (3, 12, 40, 8), (2, 10, 30, 8), (2, 8, 20, 5), (2, 6, 12, 5), (2, 4, 8, 4), (2, 2, 4, 2))
+           (3, 16, 50, 8), (3, 12, 40, 8), (2, 10, 30, 8), (2, 8, 20, 5), (2, 6, 12, 5), (2, 4, 8, 4), (2, 4, 8, 2),
+           (2, 2, 4, 1))
 """(trials told in detail, further trials told in a line, further ones by their blocks, remembered proposals), tried
 until the prompt is short enough."""
 
