@@ -93,7 +93,9 @@ def space(study: Study, only: Collection[str] = ()) -> dict[str, Any]:
                     "optional": part != FUSION and UNUSED in options,
                     "layout": "" if source is None else _layout(modality, source.shape)})
     d = s.by_name.get(CONDITION)
-    routing = None if d is None or (only and FUSION not in only) else {"blocks": list(d.asked_for), "options": list(d.options)}
+    routing = None
+    if d is not None and (not only or FUSION in only):
+        routing = {"blocks": list(d.asked_for), "options": list(d.options)}
     return {"parts": out, "routing": routing,
             "optional": any(UNUSED in s.by_name[f"{n}.block"].options for n in s.card.sources)}
 

@@ -18,7 +18,7 @@ from lacer.agents import Evaluation, Protocol, RunRequest, run
 from lacer.encoders import EncoderSpec
 from lacer.envs import LacerError, task_card
 from lacer.search import Decision, SearchSpace, search
-from lacer.search.config import SearchConfig, validate
+from lacer.search.config import SearchConfig, expert_spec, validate
 from lacer.search.designers.base import check_kwargs, designer_class
 from lacer.search.designers.feedback_memory import dummy_forward
 from lacer.search.designers.llm_base import LLMDesigner
@@ -171,7 +171,7 @@ def test_batches_are_lacers_alone(server: Server) -> None:
             make(name, server, "good", batch=5)
 
 
-# -- the scope of an edit ---------------------------------------------------------------------
+# -- the scope of an edit -------------------
 
 
 def spec_diff(a: EncoderSpec, b: EncoderSpec) -> set[str]:
@@ -262,7 +262,7 @@ def test_an_edit_outside_its_factor_is_refused(server: Server, monkeypatch: pyte
     assert rates(study) == {"valid_rate": 0.5, "entanglement_rate": 0.5, "edits": 2}
 
 
-# -- feedback memory, LM-Searcher -------------------------------------------------------------
+# -- feedback memory, LM-Searcher -----------
 
 
 def test_dummy_forward_runs_every_block_and_finds_what_cannot_run() -> None:
@@ -339,7 +339,7 @@ def test_only_lm_searcher_searches_other_spaces(server: Server) -> None:
                    llm="openai:x", llm_base_url=url(server, "good"))
 
 
-# -- configuration ----------------------------------------------------------------------------
+# -- configuration --------------------------
 
 
 def test_options_of_designers() -> None:
@@ -400,7 +400,7 @@ def test_nested_ablation_adds_one_part_at_a_time() -> None:
     assert before == set(FEEDBACK)
 
 
-# -- the feedback really is in the prompt -----------------------------------------------------
+# -- the feedback really is in the prompt ---
 
 STEERED = {**TINY, "env_kwargs": {"sources": ["position", "trend", "noise"]}, "wandb": "off", "executor": "inprocess",
            "candidates": 5, "ahead": 0, "limits": {}}
@@ -457,7 +457,40 @@ def test_a_reasoner_over_probes_drops_the_useless_source(server: Server, real_ev
     assert {"position", "trend"} not in used["genius"]
 
 
-# -- lacer prompt -----------------------------------------------------------------------------
+# -- transcripts of searches that were answered by hand
+
+BY_HAND = Path(__file__).with_name("transcripts")
+
+
+def by_hand(name: str, sources: list[str], scores: list[float]) -> Study:
+    """A study as in the recorded search: its first encoder, the recorded replies, the scores that came out."""
+    card = task_card("lacer/KnownSources-v0", sources=sources)
+    study = Study(EncoderSpace(card))
+    llm = LLMConfig(model=f"replay:{BY_HAND / f'{name}_by_hand.jsonl'}")
+    designer: Any = designer_class(name)(0, llm=llm)  # type: ignore[call-arg]
+    designer.check()
+    made = [Proposal(study.encoders.from_spec(expert_spec(card, None)), "expert")]
+    for value in scores:
+        assert [p.rejected for p in made] == [""]
+        study.finish(study.start(made[0]).number, Evaluation(objective=value, mean_return=16 * value))
+        made = designer.propose(study, 1) if value is not scores[-1] else []
+    return study
+
+
+def test_what_was_answered_by_hand_is_still_read() -> None:
+    study = by_hand("lacer", ["position", "trend", "picture", "words", "noise"],
+                    [0.626, 0.618, 0.792, 0.888, 0.823, 0.89])
+    assert {t.proposal.designer for t in study.trials[1:]} == {"lacer"}
+    assert all("noise" not in t.spec.sources for t in study.trials[1:] if t.spec is not None)
+    assert [t.proposal.meta["expected"] for t in study.trials[1:]] == [0.75, 0.74, 0.83, 0.9, 0.895]
+    assert study.trials[5].proposal.parents == (3, 4)
+    study = by_hand("spark", ["position", "trend", "noise"], [0.563, 0.631, 0.884, 0.85])
+    assert [t.proposal.meta["factor"] for t in study.trials[1:]] == [
+        "noise.wiring", "fusion.operator", "trend.operator"]
+    assert rates(study) == {"valid_rate": 1.0, "entanglement_rate": 0.0, "edits": 3}
+
+
+# -- lacer prompt ---------------------------
 
 
 def test_lacer_prompt_shows_what_the_model_saw_and_said(server: Server, tmp_path: Path,
