@@ -92,6 +92,7 @@ class LLMDesigner(Designer):
         except NoAnswer as e:
             if not turn.accepted:
                 return [*turn.rejected, *self._fallback(study, k, str(e), turn.meta() if turn.owes else None)]
+        turn.settle()
         return [*turn.rejected, *turn.accepted]
 
     def gave_up(self, study: Study) -> bool:
@@ -164,6 +165,14 @@ class Turn:
                "transcript": self._line, **calls, **self.notes, **more}
         self._clear()
         return out
+
+    def settle(self) -> None:
+        """Charges the last accepted proposal for a request after it that came to nothing."""
+        if self.owes and self.accepted:
+            last = self.accepted[-1]
+            spent = {k: round(v + last.meta.get(k, 0), 3) for k, v in self._cost.items()}
+            self.accepted[-1] = replace(last, meta={**last.meta, **spent})
+            self._clear()
 
     def ask(self, step: str, prompt: str, schema: Callable[[], dict[str, Any]],
             read: Callable[[Reply], Sequence[str]], wanted: Callable[[], int] = lambda: 0,

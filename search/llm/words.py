@@ -23,7 +23,7 @@ def as_json(value: object) -> str:
                    for c in text)
 
 
-@lru_cache(maxsize=10_000)  # a prompt is rendered several times, until it is short enough
+@lru_cache(maxsize=2_000)  # a prompt is rendered several times, until it is short enough
 def quoted(text: object, limit: int = 1500) -> str:
     """A text as a JSON string on one line, without characters that are not seen."""
     return as_json(clean(text, limit).replace("`", "'"))

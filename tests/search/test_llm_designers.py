@@ -163,6 +163,22 @@ def test_costs_of_all_steps_are_counted_when_a_later_one_fails(server: Server) -
     assert p.meta["factor"]
 
 
+def test_a_failed_request_after_an_accepted_encoder_is_counted() -> None:
+    study = begun("lacer")
+    spec = SPACE.to_spec(next(SPACE.neighbours(study[0].proposal.point or {}))).to_dict()
+    text = json.dumps({"encoders": [{"rationale": "x", "encoder": spec}, {"rationale": "y", "encoder": 7}]})
+    own = Server({"replies": [{"text": text}, {"status": 400}]})
+    try:
+        made = make("lacer", own, "", batch=2).propose(study, 2)
+        asked = len(own.requests)
+    finally:
+        own.process.kill()
+        own.process.wait()
+    assert [bool(p.rejected) for p in made] == [True, False]
+    assert sum(p.meta["requests"] for p in made) == asked > 1
+    assert sum(p.meta["tokens_in"] for p in made) == 1000
+
+
 def test_batches_are_lacers_alone(server: Server) -> None:
     made = make("lacer", server, "good", batch=5).propose(begun("lacer"), 5)
     assert [p.rejected for p in made] == [""] * 5
