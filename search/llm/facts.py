@@ -92,10 +92,10 @@ def space(study: Study, only: Collection[str] = ()) -> dict[str, Any]:
                     "carries": "" if source is None else source.description,
                     "optional": part != FUSION and UNUSED in options,
                     "layout": "" if source is None else _layout(modality, source.shape)})
-    d = s.by_name.get(CONDITION)
+    condition = s.by_name.get(CONDITION)
     routing = None
-    if d is not None and (not only or FUSION in only):
-        routing = {"blocks": list(d.asked_for), "options": list(d.options)}
+    if condition is not None and (not only or FUSION in only):
+        routing = {"blocks": list(condition.asked_for), "options": list(condition.options)}
     return {"parts": out, "routing": routing,
             "optional": any(UNUSED in s.by_name[f"{n}.block"].options for n in s.card.sources)}
 

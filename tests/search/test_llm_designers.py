@@ -87,7 +87,7 @@ def begun(name: str, space: EncoderSpace = SPACE) -> Study:
     return study
 
 
-def make(name: str, server: Server, kind: str, provider: str = "openai", folder: Path | None = None, timeout: float = 5,
+def make(name: str, server: Server, kind: str, provider: str = "openai", folder: Path | None = None, timeout: float = 30,
          **options: Any) -> LLMDesigner:
     llm = LLMConfig(model=f"{provider}:scripted", base_url=url(server, kind), timeout=timeout, retries=1, repairs=2)
     return designer_class(name)(0, llm=llm, run_dir=folder, **options)  # type: ignore[call-arg, return-value]
@@ -335,7 +335,7 @@ def test_lm_searcher_on_tables_with_a_server_and_with_replay(server: Server, tmp
         return strings.index(space.to_string(point)) / 24
 
     def go(out: str, **options: Any) -> Any:
-        return search(space=space, objective=objective, designer="lm-searcher", candidates=15, out=tmp_path / out,
+        return search(space=space, objective=objective, designer="lm-searcher", candidates=11, out=tmp_path / out,
                       quiet=True, ahead=0, **options)
 
     first = go("a", llm="openai:scripted", llm_base_url=url(server, "good"))
@@ -343,7 +343,7 @@ def test_lm_searcher_on_tables_with_a_server_and_with_replay(server: Server, tmp
     assert [t.proposal.meta["source"] for t in trials[:5]] == ["random"] * 5
     assert {t.proposal.designer for t in trials} == {"lm-searcher"}
     assert {t.proposal.meta["source"] for t in trials[5:]} == {"random", "evolution"}
-    assert len({t.ncode for t in trials}) == 15
+    assert len({t.ncode for t in trials}) == 11
     again = go("b", llm=f"replay:{tmp_path / 'a' / 'llm_transcript.jsonl'}")
     assert [t.ncode for t in again.study.trials] == [t.ncode for t in trials]
 
@@ -573,10 +573,10 @@ def test_spreads_of_prompt_sets() -> None:
     from benchmarks.prompt_sets import spreads
 
     rng = np.random.default_rng(0)
-    noise = 0.1 * rng.normal(size=(3, 2000))
+    noise = 0.1 * rng.normal(size=(3, 300))
     got = spreads(noise + np.array([[0.0], [1.0], [2.0]]))
-    assert got["between_sets"] == pytest.approx(1, rel=0.02)
-    assert got["between_seeds"] == pytest.approx(0.1, rel=0.05)
+    assert got["between_sets"] == pytest.approx(1, rel=0.03)
+    assert got["between_seeds"] == pytest.approx(0.1, rel=0.1)
     assert got["share"] == pytest.approx(1 / 1.01, rel=0.01)
-    assert spreads(noise)["between_sets"] < 0.005
+    assert spreads(noise)["between_sets"] < 0.02
     assert spreads(np.array([[1.0], [2.0], [3.0]]))["between_seeds"] == 0
