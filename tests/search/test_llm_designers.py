@@ -87,8 +87,8 @@ def begun(name: str, space: EncoderSpace = SPACE) -> Study:
     return study
 
 
-def make(name: str, server: Server, kind: str, provider: str = "openai", folder: Path | None = None, timeout: float = 30,
-         **options: Any) -> LLMDesigner:
+def make(name: str, server: Server, kind: str, provider: str = "openai", folder: Path | None = None,
+         timeout: float = 30, **options: Any) -> LLMDesigner:
     llm = LLMConfig(model=f"{provider}:scripted", base_url=url(server, kind), timeout=timeout, retries=1, repairs=2)
     return designer_class(name)(0, llm=llm, run_dir=folder, **options)  # type: ignore[call-arg, return-value]
 
