@@ -560,7 +560,7 @@ def test_benchmark_of_prompt_sets(server: Server, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, Path(__file__).parents[2] / "benchmarks" / "prompt_sets.py", "llm=openai:x", "seeds=2",
          f"llm_base_url={url(server, 'good')}", "candidates=3", "steps=256", "episodes=2", f"out={tmp_path}"],
-        capture_output=True, text=True, check=True, timeout=600)
+        capture_output=True, text=True, check=True, timeout=1800)
     got = json.loads(done.stdout.splitlines()[-1])
     assert got["proposed_by_model"] == 1
     assert {len(s) for s in got["scores"].values()} == {2}
