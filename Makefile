@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 FOLDERS := envs encoders agents search configs
-FILES := $(sort $(wildcard $(foreach d,$(FOLDERS),$(d)/* $(d)/*/* $(d)/*/*/*)))
+FILES := $(sort $(wildcard $(foreach d,$(FOLDERS),$(d)/* $(d)/*/* $(d)/*/*/* $(d)/*/*/*/*)))
 
 .PHONY: help install search test test-slow test-faults test-ray test-postgres test-local-llm check dist clean FORCE
 

@@ -12,6 +12,8 @@ MEANING = {
     "effective_rank": "share of the features' dimensions that are in use (0 to 1); low: collapsed or oversized",
     "linear_probe": "R2 of a linear map from the features to the true state (1 perfect, 0 useless); low: the "
     "information is lost or tangled",
+    "redundancy": "linear CKA with the most similar other source (1: the same information, 0: nothing in common); "
+    "high: one of the two may be dispensable",
 }
 """Each probe in one line; reports and prompts share it."""
 
@@ -61,11 +63,23 @@ def linear_probe(features: np.ndarray, targets: Mapping[str, np.ndarray], groups
     return out
 
 
+def linear_cka(a: np.ndarray, b: np.ndarray) -> float:
+    """Linear centred kernel alignment (Kornblith et al. 2019, 1905.00414) of two sets of features, (N, D) and (N, E).
+
+    Returns:
+        0 to 1; 0 if one of them is constant. With few rows, wide features look more alike than they are.
+    """
+    a, b = (x.astype(np.float64) - x.astype(np.float64).mean(0) for x in (a, b))
+    norm = np.linalg.norm(a.T @ a) * np.linalg.norm(b.T @ b)
+    return float(np.linalg.norm(a.T @ b) ** 2 / norm) if norm > 1e-18 else 0.0
+
+
 def probe(features: Mapping[str, np.ndarray], state: Mapping[str, np.ndarray],
           groups: np.ndarray) -> dict[str, dict[str, float]]:
     """All probes of every entry of ``features`` (sources and ``fused``), each (N, D).
 
-    ``linear_probe`` is the mean over the state variables; ``linear_probe/NAME`` the single ones.
+    ``linear_probe`` is the mean over the state variables; ``linear_probe/NAME`` the single ones. ``redundancy/OTHER``
+    is the linear CKA of two sources, ``redundancy`` the largest of a source.
     """
     out: dict[str, dict[str, float]] = {}
     for name, f in features.items():
@@ -73,4 +87,10 @@ def probe(features: Mapping[str, np.ndarray], state: Mapping[str, np.ndarray],
         out[name] = {"effective_rank": effective_rank(f),
                      **({"linear_probe": float(np.mean(list(r2.values())))} if r2 else {}),
                      **{f"linear_probe/{k}": v for k, v in r2.items()}}
+    sources = [n for n in features if n != "fused"]
+    for i, a in enumerate(sources):
+        for b in sources[i + 1:]:
+            out[a][f"redundancy/{b}"] = out[b][f"redundancy/{a}"] = linear_cka(features[a], features[b])
+    for name in sources if len(sources) > 1 else []:
+        out[name]["redundancy"] = max(v for k, v in out[name].items() if k.startswith("redundancy/"))
     return out

@@ -56,7 +56,11 @@ def names_of(config: BenchConfig) -> list[str]:
     if not names or len(set(names)) < len(names):
         raise LacerError(f"--designers {config.designers!r}: give at least one, and none twice")
     for name in names:
-        if designer_class(name).needs_llm and not config.llm:
+        cls = designer_class(name)
+        if cls.trains or not cls.any_space:
+            raise LacerError(f"the designer {name!r} searches encoders for an environment, not tables or functions; "
+                             "see `lacer designers` for others")
+        if cls.needs_llm and not config.llm:
             raise LacerError(f"the designer {name!r} needs an LLM: add e.g. --llm openai:MODEL or --llm replay:FILE")
     return names
 

@@ -1,4 +1,4 @@
-"""The command line: ``lacer search | train | evaluate | show | envs | blocks | designers``."""
+"""The command line: ``lacer search | train | evaluate | show | prompt | envs | blocks | designers``."""
 
 from __future__ import annotations
 
@@ -48,6 +48,9 @@ EXAMPLES = {
   lacer bench make --config composite
   lacer bench make --env lacer/KnownSources-v0 --encoders 100 --seeds 3 --protocol.steps 4000
   lacer bench make --resume bench/20260101-120000-KnownSources-v0""",
+    "prompt": """examples:
+  lacer prompt runs/R 7
+  lacer prompt runs/R 7 | less""",
     "envs": """examples:
   lacer envs
   lacer envs CartPole-v1
@@ -180,6 +183,10 @@ def _parser() -> _Parser:
                    "(default: 1)")
     p.add_argument("--out", default=None, metavar="PICTURE", help="picture to write, .svg or .png")
 
+    p = command("prompt", "show what the language model saw and said for a trial of a search")
+    p.add_argument("run", metavar="RUN", help="run folder, e.g. runs/R")
+    p.add_argument("number", type=int, metavar="N", help="number of the trial, as in #N")
+
     p = command("envs", "list environments, or show one: its sources, actions and objective")
     p.add_argument("env", nargs="?", default=None, metavar="ID", help="environment id; any that Gymnasium knows")
     p.add_argument("--env-kwargs", dest="env_kwargs", type=dict | None, default=None, metavar="JSON",
@@ -218,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
     if os.getcwd() not in sys.path:  # for module:Id in the working folder; last, so that it shadows nothing
         sys.path.append(os.getcwd())
     try:
-        {"search": _search, "train": _train, "evaluate": _evaluate, "show": _show, "envs": _envs,
+        {"search": _search, "train": _train, "evaluate": _evaluate, "show": _show, "prompt": _prompt, "envs": _envs,
          "blocks": _blocks, "designers": _designers, "bench": _bench,
          "bench-make": _bench_make}[args.command](args[args.command])
     except LacerError as e:
@@ -355,6 +362,12 @@ def _show(a: Namespace) -> None:
     check_picture(a.out)
     default = str(SearchConfig.model_fields["env"].default)
     show(*encoder_and_task(a.encoder, a.env, a.env_kwargs, default), a.depth, a.out)
+
+
+def _prompt(a: Namespace) -> None:
+    from lacer.search.llm.shown import conversation
+
+    print(conversation(Path(a.run), a.number))
 
 
 def _designers(_: Namespace) -> None:

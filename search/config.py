@@ -84,7 +84,8 @@ class SearchConfig(BaseModel):
                                               "human (answers from the terminal; human:- from a pipe)")
     llm_base_url: str | None = Field(None, description="address of any OpenAI-compatible server, e.g. "
                                                        "http://localhost:11434/v1")
-    llm_temperature: float | None = Field(1.0, ge=0, le=2, description="sampling temperature of the LLM")
+    llm_temperature: float | None = Field(None, ge=0, le=2, description="sampling temperature of the LLM; default: the "
+                                                                        "designer's, 0 for genius, 1 for the others")
     llm_seed: int | None = Field(None, description="sampling seed of the LLM, where the server knows one; default: the "
                                                    "search's seed")
     llm_format: ReplyFormat = Field("auto", description="what holds the LLM to the form of a reply: a JSON schema, a "

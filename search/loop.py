@@ -34,6 +34,7 @@ from lacer.search.config import (
     worker_count,
 )
 from lacer.search.designers.base import Designer, check_options, designer_class, make_plain
+from lacer.search.designers.spark import rates
 from lacer.search.designers.training import TrainingDesigner
 from lacer.search.engine import MAX_REJECTIONS, Budget, Engine, Listener
 from lacer.search.executors import Event, Executor, InProcess, ProcessPool
@@ -127,10 +128,11 @@ def plan(config: SearchConfig) -> Plan:
     return Plan(config, card, space, point, name)
 
 
-def make_designer(name: str, config: SearchConfig, folder: Path) -> Designer:
-    """A designer as configured. Raises LacerError if an LLM designer's key or model is missing."""
+def make_designer(name: str, config: SearchConfig, folder: Path | None) -> Designer:
+    """A designer as configured. Raises LacerError if an LLM designer's key or model is missing, or an option wrong."""
     cls, options = designer_class(name), check_options(name, config.designer_kwargs)
     if cls.trains:
+        assert folder is not None
         return make_plain(name, config.seed, trainer=_trainer(config, folder), **options)
     if not cls.needs_llm:
         return make_plain(name, config.seed, **options)
@@ -139,8 +141,10 @@ def make_designer(name: str, config: SearchConfig, folder: Path) -> Designer:
     if not config.llm:
         raise LacerError(f"the designer {name!r} needs an LLM: add e.g. --llm openai:MODEL (and OPENAI_API_KEY, or "
                          "--llm-base-url for a local server), or choose one that needs none, see `lacer designers`")
-    designer = cls(config.seed, llm=llm_config(config), run_dir=folder, batch=config.batch,  # type: ignore[call-arg]
-                   **options)
+    llm = llm_config(config)
+    if config.llm_temperature is None:
+        llm = llm.model_copy(update={"temperature": cls.temperature})  # type: ignore[attr-defined]
+    designer = cls(config.seed, llm=llm, run_dir=folder, batch=config.batch, **options)  # type: ignore[call-arg]
     designer.check()  # type: ignore[attr-defined]
     return designer
 
@@ -567,7 +571,7 @@ class _Driver(Listener):
             config=self.config.model_dump(mode="json"),
             versions={**provenance["packages"], "platform": provenance["platform"], "git": provenance["git"] or "none"},
             command=f"lacer search --config {shlex.quote(str(self.folder / 'config.yaml'))} --out NEW_FOLDER",
-            seconds=self.seconds, usage=total_usage(self.study.trials))
+            seconds=self.seconds, usage=total_usage(self.study.trials) | rates(self.study))
 
     def _wandb(self) -> WandB | None:
         mode = wandb_mode(self.config.wandb)

@@ -29,7 +29,8 @@ class Outcome:
         versions: versions of the packages.
         command: the command line that repeats the search.
         seconds: wall time so far.
-        usage: what the LLM took, as :attr:`Trial.usage` names it, summed by :func:`total_usage`; empty without an LLM.
+        usage: what the LLM took, as :attr:`Trial.usage` names it, summed by :func:`total_usage`, and the rates of
+            SPARK's edits; empty without an LLM.
     """
 
     card: TaskCard

@@ -84,7 +84,10 @@ def search_points(space: SearchSpace, function: Function, config: SearchConfig, 
         reference(function)
     if folder is not None and not resume and folder.exists():
         raise LacerError(f"{folder} exists already; to go on with it: resume={str(folder)!r}")
-    designer = make_designer(name, config, folder or Path())
+    if not designer_class(name).any_space:
+        raise LacerError(f"the designer {name!r} searches encoders; for other spaces choose lm-searcher, or one that "
+                         "needs no LLM, see `lacer designers`")
+    designer = make_designer(name, config, folder)
     if folder is None and config.storage is None:
         return _run(Study(space, objective), designer, function, config, None, quiet)
     if folder is None:

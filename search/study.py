@@ -118,7 +118,7 @@ class Study:
         """The search space where it is one of encoders. Raises LacerError if it is another one."""
         if not isinstance(self.space, EncoderSpace):
             raise LacerError("this designer searches encoders for an environment; for other spaces choose another one, "
-                             "e.g. evolution")
+                             "e.g. evolution, or with an LLM lm-searcher")
         return self.space
 
     @property

@@ -34,6 +34,8 @@ class Designer(ABC):
     trains: ClassVar[bool] = False
     """Whether it trains on the environment by itself, see :mod:`lacer.search.designers.training`."""
     paper: ClassVar[str] = ""
+    any_space: ClassVar[bool] = True
+    """Whether it searches spaces that are not of encoders, too."""
     variants: ClassVar[tuple[str, ...]] = ()
     """Names by which ``NAME:VARIANT`` makes the designer with the argument ``variant``."""
 

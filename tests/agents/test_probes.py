@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from lacer.agents.probes import MEANING, effective_rank, linear_probe, probe
+from lacer.agents.probes import MEANING, effective_rank, linear_cka, linear_probe, probe
 
 
 def orthogonal(n: int, d: int, rng: np.random.Generator) -> np.ndarray:
@@ -131,6 +131,21 @@ def test_against_least_squares(rng: np.random.Generator) -> None:
     assert 0.4 < got["noisy"] < 0.6
 
 
+def test_linear_cka(rng: np.random.Generator) -> None:
+    x = rng.normal(size=(2000, 4))
+    turn = np.linalg.qr(rng.normal(size=(4, 4)))[0]
+    assert linear_cka(x, x) == pytest.approx(1)
+    assert linear_cka(x, 3 * x @ turn + 7) == pytest.approx(1)  # turns, scale and shift do not matter
+    assert linear_cka(x, rng.normal(size=(2000, 4))) < 0.01
+    assert linear_cka(x, np.ones((2000, 3))) == 0
+    half = np.concatenate([x[:, :2], rng.normal(size=(2000, 2))], 1)
+    assert linear_cka(x, half) == linear_cka(half, x) == pytest.approx(0.5, abs=0.05)
+    got = probe({"a": x, "b": half, "c": rng.normal(size=(2000, 4)), "fused": x}, {}, episodes(20, 100))
+    assert got["a"]["redundancy"] == got["a"]["redundancy/b"] == got["b"]["redundancy/a"]
+    assert got["c"]["redundancy"] < 0.01
+    assert "redundancy" not in got["fused"]
+
+
 def test_probe_of_sources_and_fused(rng: np.random.Generator) -> None:
     groups = episodes(10, 20)
     y, z = rng.normal(size=(2, 200))
@@ -138,7 +153,8 @@ def test_probe_of_sources_and_fused(rng: np.random.Generator) -> None:
                 "dead": np.zeros((200, 4), np.float32)}
     got = probe(features, {"y": y, "z": z, "flat": np.zeros(200)}, groups)
     assert list(got) == ["sees", "half", "dead"]
-    assert set(got["sees"]) == {"effective_rank", "linear_probe", "linear_probe/y", "linear_probe/z"}
+    assert set(got["sees"]) == {"effective_rank", "linear_probe", "linear_probe/y", "linear_probe/z", "redundancy",
+                                "redundancy/half", "redundancy/dead"}
     assert set(MEANING) == {k for k in got["sees"] if "/" not in k}
     assert got["sees"]["linear_probe"] > 0.999
     assert got["half"]["linear_probe/y"] > 0.999

@@ -13,6 +13,10 @@ It prints its port, and answers the n-th POST with the n-th reply, later ones wi
 ``formats``: forms that the server takes (``tool`` and response formats), any if absent; others get the status
 ``refuse`` (400) and use up no reply. ``"sampling": false``: so do requests with a temperature. ``"tools": false``:
 tools are taken and ignored. ``"usage": false``: no tokens are counted.
+
+With ``{"designer": KIND}`` in place of replies, a scripted designer reads the prompts and answers, see ``scripted.py``;
+KIND may also be "slow" (never answers in time) and "cut" (stops in mid-stream). A path that begins with a kind,
+``/good/v1/...``, is answered by that one, whatever the script says.
 ``GET /requests`` gives all requests so far: path, headers, body and seconds since the start.
 """
 
@@ -26,11 +30,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # a script finds its neighbours by itself
+    import scripted
+
 
 def main(script: dict[str, Any]) -> None:
     """Serves until it is killed."""
     seen: list[dict[str, Any]] = []
-    lock, start, used = threading.Lock(), time.monotonic(), [0]
+    lock, start, used, count = threading.Lock(), time.monotonic(), [0], [0]
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -52,13 +59,21 @@ def main(script: dict[str, Any]) -> None:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             form = body.get("response_format", {}).get("type", "tool" if "tools" in body else "plain")
+            kind = self.path.split("/")[1]
+            if kind not in ("good", "stubborn", "garbage", "reasoner", "slow", "cut"):
+                kind = script.get("designer")
             with lock:
+                count[0] += 1
                 seen.append({"path": self.path, "headers": {k.lower(): v for k, v in self.headers.items()},
                              "body": body, "at": time.monotonic() - start})
                 hot = "temperature" in body and not script.get("sampling", True)
                 refused = hot or form not in script.get("formats", [form])
-                reply = script["replies"][min(used[0], len(script["replies"]) - 1)]
-                used[0] += not refused
+                if kind is not None:
+                    reply = ({"hang": True} if kind == "slow" else {"cut": True} if kind == "cut" else
+                             {"text": scripted.answer(kind, body["messages"], count[0])})
+                else:
+                    reply = script["replies"][min(used[0], len(script["replies"]) - 1)]
+                    used[0] += not refused
             if refused:
                 error = {"error": {"message": f"unknown: {'temperature' if hot else form}"}}
                 self.send(script.get("refuse", 400), json.dumps(error).encode(), {})

@@ -201,7 +201,9 @@ def test_a_function_with_failures(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("options", "message"), [
     (["--designers", "random,evolutoin"], "did you mean 'evolution'"),
     (["--designers", "random,random"], "none twice"),
-    (["--designers", "lacer"], "needs an LLM"),
+    (["--designers", "lm-searcher"], "needs an LLM"),
+    (["--designers", "random,lacer"], "searches encoders"),
+    (["--designers", "darts"], "searches encoders"),
     (["--budget", "0"], "--budget"),
     (["--budget", "10", "--checkpoints", "5,20"], "between 1 and the budget"),
     (["--checkpoints", "a"], "numbers of evaluations"),

@@ -16,8 +16,8 @@ from lacer.search.config import SearchConfig
 from lacer.search.designers.base import designers
 from lacer.search.llm import LLMClient, LLMConfig, parse_reply, reply_schema
 from lacer.search.llm.base import MAX_REPLY
-from lacer.search.llm.prompt import quoted
 from lacer.search.llm.reply import MAX_TEXT, clean
+from lacer.search.llm.words import quoted
 from lacer.search.loop import make_designer
 from lacer.search.study import Study
 from tests.search.test_llm import SPACE, Server, answer, new_study, record, spec, with_expert

@@ -48,6 +48,8 @@ def evaluation(rng: np.random.Generator, spec: EncoderSpec | None, card: TaskCar
               else float(rng.uniform(0, 0.03)) for r in RELEVANT}
         mean = float(np.mean(list(r2.values())))
         probes[name] = {"effective_rank": float(rng.uniform(0.15, 0.75)), "linear_probe": mean, **r2}
+        if name != "fused":
+            probes[name]["redundancy"] = float(rng.uniform(0, 0.6))
     modules = {n: int(rng.integers(500, 9_000)) for n in used} | ({"fusion": int(rng.integers(4_000, 20_000))} if spec
                                                                   else {})
     x = np.arange(256, steps + 1, 256)
