@@ -25,7 +25,7 @@ from lacer.search.loop import (
     study_place,
 )
 from lacer.search.progress import PointDisplay
-from lacer.search.space import Point, SearchSpace
+from lacer.search.space import EncoderSpace, Point, SearchSpace
 from lacer.search.storage import check_server
 from lacer.search.study import StoredStudy, Study, Trial
 
@@ -84,7 +84,7 @@ def search_points(space: SearchSpace, function: Function, config: SearchConfig, 
         reference(function)
     if folder is not None and not resume and folder.exists():
         raise LacerError(f"{folder} exists already; to go on with it: resume={str(folder)!r}")
-    if not designer_class(name).any_space:
+    if not designer_class(name).any_space and not isinstance(space, EncoderSpace):
         raise LacerError(f"the designer {name!r} searches encoders; for other spaces choose lm-searcher, or one that "
                          "needs no LLM, see `lacer designers`")
     designer = make_designer(name, config, folder)

@@ -24,7 +24,7 @@ from lacer.search.designers.feedback_memory import dummy_forward
 from lacer.search.designers.llm_base import LLMDesigner
 from lacer.search.designers.lm_searcher import LMSearcher, scores
 from lacer.search.designers.spark import factors_changed, factors_of, rates
-from lacer.search.llm import LLMConfig, client
+from lacer.search.llm import LLMClient, LLMConfig, client
 from lacer.search.llm.prompt import SETS
 from lacer.search.loop import make_designer
 from lacer.search.space import EncoderSpace, Point
@@ -154,7 +154,8 @@ def test_costs_of_all_steps_are_counted_when_a_later_one_fails(server: Server) -
 
     def complete(messages: Any, schema: Any = None, retries: Any = None) -> Any:
         if "# The edit" in messages[1]["content"]:
-            designer.client.config = designer.client.config.model_copy(update={"base_url": "http://127.0.0.1:9/v1"})
+            return LLMClient(designer.llm.model_copy(update={"base_url": "http://127.0.0.1:9/v1"})).complete(
+                messages, schema, retries)
         return whole(messages, schema, retries)
 
     designer.client.complete = complete  # type: ignore[method-assign]
