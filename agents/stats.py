@@ -48,12 +48,10 @@ def bootstrap(x: ArrayLike, statistic: Statistic = "mean", *, level: float = 0.9
     if not len(a) or not np.isfinite(a).all():
         raise ValueError("a bootstrap needs at least one run, and finite values")
     flat, rng = a.reshape(len(a), -1), np.random.default_rng(seed)
-    drawn = rng.integers(len(a), size=(draws, len(a)))
-    if statistic == "mean":
-        counts = np.zeros((draws, len(a)))
-        np.add.at(counts, (np.arange(draws)[:, None], drawn), 1.0)
-        values = counts @ flat / len(a)
+    if statistic == "mean":  # how often each run is drawn is all that counts
+        values = rng.multinomial(len(a), np.full(len(a), 1 / len(a)), draws) @ flat / len(a)
     else:
+        drawn = rng.integers(len(a), size=(draws, len(a)))
         values = np.stack([iqm(column[drawn], axis=1) for column in flat.T], axis=1)
     tail = 50 * (1 - level)
     low, high = np.percentile(values, [tail, 100 - tail], axis=0)
@@ -125,7 +123,7 @@ def compare(groups: Mapping[str, ArrayLike], *, higher_is_better: bool = True, s
     out = []
     for (a, b), corrected in zip(pairs, p, strict=True):
         rng = np.random.default_rng(seed)
-        means = [g[rng.integers(len(g), size=(DRAWS, len(g)))].mean(1) for g in (x[a], x[b])]
+        means = [rng.multinomial(len(g), np.full(len(g), 1 / len(g)), DRAWS) @ g / len(g) for g in (x[a], x[b])]
         low, high = np.percentile(means[0] - means[1], [2.5, 97.5])
         out.append(Comparison(a, b, float(x[a].mean() - x[b].mean()), float(low), float(high),
                               improvement(x[a], x[b]), corrected))

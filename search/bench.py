@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -251,6 +251,7 @@ class Result:
                                         "score": np.array(r.score, float), "reported": np.array(r.reported, float),
                                         "best": np.array(r.best, float)}) for r in self.runs], ignore_index=True)
 
+    @cached_property
     def curve_table(self) -> pd.DataFrame:
         """Per designer and evaluation: mean of the best so far, its 95 % bootstrap interval, interquartile mean, and
         the regret where the optimum is known."""
@@ -267,6 +268,7 @@ class Result:
             parts.append(part)
         return pd.concat(parts, ignore_index=True)
 
+    @cached_property
     def quantile_table(self) -> pd.DataFrame:
         """Per designer and quantile of the table: the share of runs that reach it, and the median and 80th percentile
         of the evaluations that they need (infinite where fewer runs reach it)."""
@@ -281,8 +283,12 @@ class Result:
                              "p80": float(np.quantile(needed, 0.8, method="higher"))})
         return pd.DataFrame(rows, columns=["designer", "quantile", "level", "share", "median", "p80"])
 
-    def comparisons(self, evaluation: int) -> list[Comparison]:
-        """All pairs of designers after some evaluations; p-values corrected for the number of pairs (Holm)."""
+    @cached_property
+    def pairs(self) -> dict[int, list[Comparison]]:
+        """All pairs of designers at every checkpoint; p-values corrected for the number of pairs (Holm)."""
+        return {p: self._compare(p) for p in self.checkpoints}
+
+    def _compare(self, evaluation: int) -> list[Comparison]:
         finals = {n: self.curves(n)[:, evaluation - 1] for n in self.names}
         if len(finals) < 2 or self.config.seeds < 2 or not all(np.isfinite(v).all() for v in finals.values()):
             return []

@@ -26,10 +26,10 @@ def write(result: Result) -> None:
         frame.to_parquet(folder / "results.parquet", index=False)
     else:
         frame.to_csv(folder / "results.csv.gz", index=False)
-    result.curve_table().to_csv(folder / "curves.csv", index=False)
-    result.quantile_table().to_csv(folder / "quantiles.csv", index=False)
+    result.curve_table.to_csv(folder / "curves.csv", index=False)
+    result.quantile_table.to_csv(folder / "quantiles.csv", index=False)
     pairs = [{"evaluation": p, **asdict(c), "better": c.better} for p in result.checkpoints
-             for c in result.comparisons(p)]
+             for c in result.pairs[p]]
     pd.DataFrame(pairs).to_csv(folder / "pairwise.csv", index=False)
     write_whole(folder / "summary.md", summary(result))
     write_whole(folder / "summary.json", json.dumps(figures(result), indent=1) + "\n")
@@ -39,16 +39,16 @@ def write(result: Result) -> None:
 
 def figures(result: Result) -> dict[str, Any]:
     """The comparison's figures as plain data."""
-    curves = result.curve_table()
+    curves = result.curve_table
     at = curves[curves["evaluation"].isin(result.checkpoints)]
     return {"title": result.title, "seeds": result.config.seeds, "budget": result.config.budget,
             "optimum": result.optimum,
             "designers": {n: {str(r["evaluation"]): {k: _plain(r[k]) for k in ("mean", "low", "high", "iqm")}
                               for _, r in at[at["designer"] == n].iterrows()} for n in result.names},
             "reached": {n: {str(r["quantile"]): {k: _plain(r[k]) for k in ("share", "median", "p80")}
-                            for _, r in result.quantile_table().query("designer == @n").iterrows()}
+                            for _, r in result.quantile_table.query("designer == @n").iterrows()}
                         for n in result.names},
-            "pairwise": {str(p): [{**asdict(c), "better": c.better} for c in result.comparisons(p)]
+            "pairwise": {str(p): [{**asdict(c), "better": c.better} for c in result.pairs[p]]
                          for p in result.checkpoints}}
 
 
@@ -58,7 +58,7 @@ def _plain(x: float) -> float | None:
 
 def summary(result: Result) -> str:
     """The comparison in Markdown."""
-    c, curves = result.config, result.curve_table()
+    c, curves = result.config, result.curve_table
     best = "" if result.optimum is None else f" Best of the table: {_num(result.optimum)}."
     lines = [f"# {result.title}", "",
              f"{len(result.names)} designers, {c.seeds} seeds from {c.seed}, {c.budget} evaluations each; "
@@ -72,7 +72,7 @@ def summary(result: Result) -> str:
             cells.append(f"{_num(r['mean'])} [{_num(r['low'])}, {_num(r['high'])}]")
         rows.append(cells)
     lines += _table(["designer", *(f"after {p}" for p in result.checkpoints)], rows)
-    reached = result.quantile_table()
+    reached = result.quantile_table
     if len(reached):
         lines += ["", "Evaluations needed to reach the best part of the table: median over seeds (share that reached "
                       "it).", ""]
@@ -80,7 +80,7 @@ def summary(result: Result) -> str:
             [n, *(f"{_times(r['median'])} ({r['share']:.0%})" for _, r in reached[reached["designer"] == n].iterrows())]
             for n in result.names])
     for p in result.checkpoints[-1:]:
-        pairs = result.comparisons(p)
+        pairs = result.pairs[p]
         if pairs:
             lines += ["", f"After {p} evaluations, pairs of designers (Mann-Whitney test, corrected by Holm):", ""]
             lines += _table(["pair", "difference [95 %]", "P(first is better)", "p", "says"], [
@@ -120,7 +120,7 @@ def picture(result: Result) -> None:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    curves = result.curve_table()
+    curves = result.curve_table
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.add_subplot()
     with mpl.rc_context({"font.size": 10}):

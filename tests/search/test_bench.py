@@ -132,7 +132,7 @@ def test_pruned_subspaces() -> None:
 def test_a_worse_designer_is_found_and_a_twin_is_not(tmp_path: Path) -> None:
     config = BenchConfig(table=MACRO, score="mean_acc", designers="evolution,random", budget=60, seeds=20, workers=1)
     result = bench(config, tmp_path / "out", quiet=True)
-    [pair] = result.comparisons(60)
+    [pair] = result.pairs[60]
     assert pair.better == "evolution"
     assert pair.low > 0
     twin = bench(config.model_copy(update={"designers": "random", "seed": 20}), tmp_path / "twin", quiet=True)
