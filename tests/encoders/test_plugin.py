@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from lacer.encoders import EncoderSpec, Limits, TextTable, build, cost, list_blocks, predict
 from lacer.envs import task_card
-from lacer.search.llm.prompt import describe_space
+from lacer.search.llm import facts
+from lacer.search.study import Study
 from lacer.search.llm.reply import reply_schema
 from lacer.search.space import EncoderSpace
 
@@ -33,7 +34,7 @@ spec = space.to_spec(point)
 assert EncoderSpec.parse(spec.to_json(), card) == spec
 assert space.from_spec(spec) == point
 assert any(p.get("position.waves.pitch") != point["position.waves.pitch"] for p in space.neighbours(point))
-assert "that come round, such as angles" in str(describe_space(space))
+assert "that come round, such as angles" in str(facts.space(Study(space)))
 assert '"waves"' in json.dumps(reply_schema(space, 1))
 encoder = build(spec, card, TextTable("hash"))
 assert torch.isfinite(encoder(cost.observation(card, batch=3))).all()
