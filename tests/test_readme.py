@@ -52,6 +52,7 @@ def test_any_environment() -> None:
         assert task_card("HalfCheetah-v5", **kwargs).sources["position_history"].shape == (8, 8)
 
 
+@pytest.mark.slow
 def test_an_environment_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "thermostat.py").write_text(PYTHON[3])
     [command] = [c for c in COMMANDS if "thermostat" in c]

@@ -52,8 +52,8 @@ def new_study(space: EncoderSpace = SPACE) -> Study:
 for _name in designer_names():  # every designer that needs nothing but a seed
     if not (designer_class(_name).needs_llm or designer_class(_name).trains):
         _cls = type(f"Test_{_name.replace(':', '_')}", (DesignerConformance,), {
-            "designer": _name, "length": 11 if "GP" in _name else 14})  # Optuna's GP takes its time
-        globals()[_cls.__name__] = _cls
+            "designer": _name, "length": 11 if "GP" in _name else 14})
+        globals()[_cls.__name__] = pytest.mark.slow(_cls) if "GP" in _name else _cls  # Optuna's GP takes its time
 
 
 @pytest.mark.parametrize("name", ["evolution", "optuna:NSGAIISampler"])  # NSGA-II keeps generations with the trials

@@ -456,6 +456,7 @@ def test_pepnas_survivors_are_pareto_optimal() -> None:
     assert min(i.parameters for i in task.population.members) == 10
 
 
+@pytest.mark.slow
 def test_pepnas_inherits_and_trains_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     from lacer.search.designers import pepnas
 
@@ -513,6 +514,7 @@ SEARCH: dict[str, Any] = {
     "wandb": "off"}
 
 
+@pytest.mark.slow
 def test_search_inprocess(tmp_path: Path) -> None:
     expert = tmp_path / "expert.json"
     expert.write_text(SPACE.to_spec(next(SPACE.points())).to_json())
