@@ -17,7 +17,7 @@ from lacer.agents import RunRequest
 from lacer.envs import LacerError, task_card
 from lacer.search.config import COMMON, SearchConfig, TableConfig
 from lacer.search.designers.base import Designer
-from lacer.search.engine import Budget, Engine, Listener
+from lacer.search.engine import Budget, Engine
 from lacer.search.files import read_json, write_whole
 from lacer.search.loop import (
     REPEAT_SEEDS,
@@ -29,6 +29,7 @@ from lacer.search.loop import (
     store_config,
     study_place,
 )
+from lacer.search.plain import Shown
 from lacer.search.progress import PointDisplay
 from lacer.search.space import EncoderSpace, Point, load_space, read_space
 from lacer.search.storage import check_server
@@ -121,20 +122,12 @@ def make_table(config: TableConfig, folder: Path, *, resume: bool = False, quiet
 
         try:
             Engine(study, Sweep(points), executor, job, budget=Budget(total), repeats="add",
-                   expected_steps=config.protocol.steps, listener=_Shown(display)).run()
+                   expected_steps=config.protocol.steps, listener=Shown(display)).run()
             return write_table(study, space, config, read_json(folder / "versions.json"), folder / "table.parquet")
         finally:
             executor.close()
             display.close()
             study.close()
-
-
-class _Shown(Listener):
-    def __init__(self, display: PointDisplay) -> None:
-        self._display = display
-
-    def finished(self, key: str | None, trial: Trial) -> None:
-        self._display.finished(trial)
 
 
 def write_table(study: Study, space: EncoderSpace, config: TableConfig, versions: dict[str, Any], path: Path) -> Path:

@@ -120,7 +120,7 @@ def _run(study: Study, designer: Any, function: Function, config: SearchConfig, 
         budget=Budget(config.candidates, config.max_env_steps, config.max_seconds, config.max_tokens),
         repeats=config.repeats, lag=config.workers if config.deterministic else None,
         ahead=config.ahead if config.ahead is not None else int(designer.needs_llm), elapsed=before,
-        patience=MAX_REJECTIONS, listener=_Shown(display))
+        patience=MAX_REJECTIONS, listener=Shown(display))
     try:
         ended = engine.run()
     finally:
@@ -131,7 +131,9 @@ def _run(study: Study, designer: Any, function: Function, config: SearchConfig, 
     return PointResult(study, ended, folder)
 
 
-class _Shown(Listener):
+class Shown(Listener):
+    """Tells a display of every result."""
+
     def __init__(self, display: PointDisplay) -> None:
         self._display = display
 
