@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("lacer")
 
 WITHOUT_LLM = "bo"
-"""The designer that ``auto`` takes where there is no LLM: the best on the tables of docs/benchmarks.md."""
+"""The designer that ``auto`` takes where there is no LLM; docs/benchmarks.md says on which tables it was ahead."""
 
 FINAL_SEEDS = 500_000
 """Distance between the seeds of the evaluation episodes that choose and of those that are reported."""
@@ -394,7 +394,7 @@ class _Driver(Listener):
         say(f"Searching an encoder for {self.card.env_id}: {c.candidates} candidates x {c.protocol.steps:,} steps, "
             f"{worker_count(c)} at once, {self.plan.space.size():.3g} encoders possible. Folder: {self.folder}")
         if c.designer == "auto":
-            say(f"Designer: {self.plan.designer} " + ("" if c.llm else "(no LLM given; the best that needs none)"))
+            say(f"Designer: {self.plan.designer} " + ("" if c.llm else "(no LLM given)"))
         if c.storage is not None and has_password(str(self.plan.config.storage)):
             say("The password in --storage is not kept; give it again to resume, or use PGPASSWORD or ~/.pgpass.")
         executor = make_executor(c, self.folder / "workers.log")
