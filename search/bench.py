@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,13 +19,14 @@ from lacer.agents import Call, Evaluation
 from lacer.agents.calls import call, find
 from lacer.agents.stats import Array, Comparison, bootstrap, compare, hitting_times, iqm
 from lacer.envs import LacerError, Objective
-from lacer.search.config import BenchConfig, SearchConfig, memory_share, worker_count
+from lacer.search.config import BenchConfig, LLMFields, SearchConfig, memory_share, worker_count
 from lacer.search.designers.base import designer_class, make_plain
 from lacer.search.engine import MAX_REJECTIONS
 from lacer.search.executors import Executor, InProcess, ProcessPool
 from lacer.search.files import read_json, write_whole
+from lacer.search.llm.transcript import TRANSCRIPT
 from lacer.search.space import SearchSpace
-from lacer.search.study import Study
+from lacer.search.study import USAGE, Study
 from lacer.search.tables import Table, read_table
 
 if TYPE_CHECKING:
@@ -63,6 +64,19 @@ def names_of(config: BenchConfig) -> list[str]:
         if cls.needs_llm and not config.llm:
             raise LacerError(f"the designer {name!r} needs an LLM: add e.g. --llm openai:MODEL or --llm replay:FILE")
     return names
+
+
+def _check_models(config: BenchConfig, names: list[str]) -> None:
+    """Raises LacerError for a model that cannot be asked, before anything is run."""
+    asking = [n for n in names if designer_class(n).needs_llm]
+    llm = config.llm or ""
+    if asking and llm.startswith("replay:") and ((config.seeds > 1 and "{seed}" not in llm)
+                                                 or (len(asking) > 1 and "{designer}" not in llm)):
+        raise LacerError(f"--llm {llm}: a transcript is that of one run; name all with {{designer}} and {{seed}}, e.g. "
+                         f"replay:OTHER/llm/{{designer}}-{{seed}}/{TRANSCRIPT}")
+    for name in asking:
+        for seed in range(config.seed, config.seed + config.seeds):
+            _designer(config, name, seed, None)
 
 
 def checkpoints_of(config: BenchConfig) -> list[int]:
@@ -103,6 +117,8 @@ class Run:
         score: what guided the search; None for a failed evaluation.
         reported: what is reported of them.
         best: what is reported of the one with the best guiding score so far; None as long as all failed.
+        usage: what a language model took for the run: the fields of ``Trial.usage``, and ``others``, evaluations that
+            its fallback proposed. Empty without a model.
     """
 
     designer: str
@@ -111,6 +127,7 @@ class Run:
     score: list[float | None]
     reported: list[float | None]
     best: list[float | None]
+    usage: dict[str, float] = field(default_factory=dict)
 
 
 def play(designer: Designer, source: Table | Function, budget: int, seed: int, name: str) -> Run:
@@ -151,6 +168,10 @@ def play(designer: Designer, source: Table | Function, budget: int, seed: int, n
                 run.best.append(None)
             else:
                 run.best.append(source.reported[best.ncode] if isinstance(source, Table) else best.objective)
+    if designer.needs_llm:
+        for key in USAGE:
+            run.usage[key] = sum(t.usage.get(key, 0.0) for t in study.trials)
+        run.usage["others"] = sum(t.status != "rejected" and t.proposal.designer != designer.name for t in study.trials)
     return run
 
 
@@ -159,7 +180,7 @@ def normalised(run: Run, table: Table) -> Run:
     zero, one = float(table.ordered.mean()), float(table.ordered[0])
     scale = one - zero or 1.0
     move = [[None if v is None else (v - zero) / scale for v in values] for values in (run.reported, run.best)]
-    return Run(run.designer, run.seed, run.ncode, run.score, *move)
+    return replace(run, reported=move[0], best=move[1])
 
 
 def play_part(point: dict[str, Any]) -> float:
@@ -172,7 +193,7 @@ def play_part(point: dict[str, Any]) -> float:
     source = _source(point["config"])
     runs = []
     for seed in point["seeds"]:
-        runs.append(_run(config, source, point["designer"], seed, Path(point["file"]).parent))
+        runs.append(_run(config, source, point["designer"], seed, Path(point["file"]).parent.parent))
     write_whole(Path(point["file"]), json.dumps({"runs": [asdict(r) for r in runs]}))
     return 1.0
 
@@ -191,13 +212,18 @@ def _source(config: str) -> Table | Function:
     return source_of(BenchConfig.model_validate_json(config))
 
 
-def _designer(config: BenchConfig, name: str, seed: int, folder: Path) -> Designer:
+def _designer(config: BenchConfig, name: str, seed: int, folder: Path | None) -> Designer:
     if not designer_class(name).needs_llm:
         return make_plain(name, seed)
     from lacer.search.loop import make_designer
 
-    return make_designer(name, SearchConfig(designer=name, seed=seed, llm=config.llm, llm_base_url=config.llm_base_url),
-                         folder)
+    given = config.model_dump(include=set(LLMFields.model_fields))
+    given["llm"] = given["llm"].replace("{designer}", name).replace("{seed}", str(seed))
+    if folder is not None:
+        folder = folder / "llm" / f"{name}-{seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / TRANSCRIPT).unlink(missing_ok=True)  # a run that was interrupted begins anew
+    return make_designer(name, SearchConfig(designer=name, seed=seed, **given), folder)
 
 
 @dataclass(frozen=True)
@@ -288,6 +314,11 @@ class Result:
         """All pairs of designers at every checkpoint; p-values corrected for the number of pairs (Holm)."""
         return {p: self._compare(p) for p in self.checkpoints}
 
+    def usage(self, designer: str) -> dict[str, float]:
+        """What a language model took, mean over the runs; see :class:`Run`. Empty without one."""
+        used = [r.usage for r in self.runs if r.designer == designer and r.usage]
+        return {key: float(np.mean([u[key] for u in used])) for key in used[0]} if used else {}
+
     def _compare(self, evaluation: int) -> list[Comparison]:
         finals = {n: self.curves(n)[:, evaluation - 1] for n in self.names}
         if len(finals) < 2 or self.config.seeds < 2 or not all(np.isfinite(v).all() for v in finals.values()):
@@ -300,7 +331,8 @@ def bench(config: BenchConfig, folder: str | Path, *, quiet: bool = False) -> Re
 
     Every run is kept in ``parts/``; more seeds or designers may be asked for later. Writes ``results`` (Parquet, or
     gzip'd CSV where pyarrow is missing), ``curves.csv``, ``quantiles.csv``, ``pairwise.csv``, ``summary.md``,
-    ``summary.json`` and, where matplotlib is installed, ``curves.png``.
+    ``summary.json``, where matplotlib is installed ``curves.png``, and ``llm/DESIGNER-SEED/`` with the transcript of
+    every run that asked a language model.
 
     Raises:
         LacerError: wrong input, before anything is run; the folder holds another comparison.
@@ -309,6 +341,7 @@ def bench(config: BenchConfig, folder: str | Path, *, quiet: bool = False) -> Re
     source = source_of(config)
     names = names_of(config)
     checkpoints_of(config)
+    _check_models(config, names)
     if config.prune_seeds:
         if not isinstance(source, Table):
             raise LacerError("--prune-seeds needs a table")
@@ -335,7 +368,7 @@ def bench(config: BenchConfig, folder: str | Path, *, quiet: bool = False) -> Re
     return result
 
 
-_FREE = {"designers", "seeds", "checkpoints", "workers", "llm", "llm_base_url"}
+_FREE = {"designers", "seeds", "checkpoints", "workers", *LLMFields.model_fields} - {"llm", "llm_temperature"}
 """What may differ when a folder is gone on with."""
 
 
@@ -347,10 +380,12 @@ def _check_folder(folder: Path, config: BenchConfig) -> None:
     if path.exists():
         before = read_json(path)
         for key in now:
+            if key.startswith("llm") and before.get("llm") is None:
+                continue  # no designer with a model was there yet
             if now[key] != before.get(key) and key != "table":
                 raise LacerError(f"{folder} holds another comparison: {key} was {before.get(key)!r}, now it is "
                                  f"{now[key]!r}. Choose another folder with --out.")
-    else:
+    if not path.exists() or (config.llm is not None and before.get("llm") is None):
         write_whole(path, json.dumps(now, indent=1) + "\n")
 
 

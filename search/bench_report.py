@@ -42,7 +42,8 @@ def figures(result: Result) -> dict[str, Any]:
     curves = result.curve_table
     at = curves[curves["evaluation"].isin(result.checkpoints)]
     return {"title": result.title, "seeds": result.config.seeds, "budget": result.config.budget,
-            "optimum": result.optimum,
+            "optimum": result.optimum, "llm": result.config.llm,
+            "usage": {n: u for n in result.names if (u := result.usage(n))},
             "designers": {n: {str(r["evaluation"]): {k: _plain(r[k]) for k in ("mean", "low", "high", "iqm")}
                               for _, r in at[at["designer"] == n].iterrows()} for n in result.names},
             "reached": {n: {str(r["quantile"]): {k: _plain(r[k]) for k in ("share", "median", "p80")}
@@ -90,6 +91,13 @@ def summary(result: Result) -> str:
     if any(early.values()):
         lines += ["", "Ended early, because all was seen or the designer only repeated itself: " + ", ".join(
             f"{n} {k} of {c.seeds} runs" for n, k in early.items() if k) + "."]
+    for n in result.names:
+        u = result.usage(n)
+        if u:
+            cost = f", {u['cost']:.4g} US dollars" if u["cost"] else ""
+            lines += ["", f"{n} asked {c.llm}, per run: {u['requests']:.4g} requests, {u['tokens_in']:,.0f} tokens in, "
+                          f"{u['tokens_out']:,.0f} out, {u['seconds']:.4g} s{cost}; {u['others']:.3g} evaluations were "
+                          "proposed by the fallback."]
     return "\n".join(lines) + "\n"
 
 

@@ -91,7 +91,8 @@ def fail(message: str) -> NoReturn:
 
 def _add_fields(parser: ArgumentParser, model: type[BaseModel], prefix: str = "", only: set[str] | None = None) -> None:
     """One option per field, nested models as ``--protocol.steps``; without a value it is left to config or default."""
-    for name, f in model.model_fields.items():
+    # What a model inherits comes after its own.
+    for name, f in sorted(model.model_fields.items(), key=lambda x: x[0] not in model.__annotations__):
         if only is not None and name not in only:
             continue
         kind: Any = f.annotation

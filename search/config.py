@@ -24,10 +24,43 @@ FallbackName = Literal["evolution", "bo", "random", "stop"]
 ReplyFormat = Literal["auto", "json_schema", "tool", "json_object", "plain"]
 
 
-class SearchConfig(BaseModel):
-    """Everything that a search depends on. API keys are not part of it."""
+class LLMFields(BaseModel):
+    """The language model of the designers that need one. API keys are not part of it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    llm: str | None = Field(None, description="openai:MODEL, anthropic:MODEL, replay:FILE (a recorded transcript), or "
+                                              "human (answers from the terminal; human:- from a pipe)")
+    llm_base_url: str | None = Field(None, description="address of any OpenAI-compatible server, e.g. "
+                                                       "http://localhost:11434/v1")
+    llm_temperature: float | None = Field(None, ge=0, le=2, description="sampling temperature of the LLM; default: the "
+                                                                        "designer's, 0 for genius, 1 for the others")
+    llm_seed: int | None = Field(None, description="sampling seed of the LLM, where the server knows one; default: the "
+                                                   "search's seed")
+    llm_format: ReplyFormat = Field("auto", description="what holds the LLM to the form of a reply: a JSON schema, a "
+                                                        "tool call, the wish for a JSON object, or the prompt alone; "
+                                                        "auto: tried in this order and remembered")
+    llm_timeout: float = Field(180, gt=0, description="seconds until a request to the LLM is given up")
+    llm_retries: int = Field(4, ge=0, le=20, description="further tries after HTTP 429, 5xx, timeouts and broken "
+                                                         "connections")
+    llm_repairs: int = Field(2, ge=0, le=10, description="how often an invalid reply goes back to the LLM with its "
+                                                         "error before the fallback proposes")
+    llm_max_output_tokens: int = Field(8192, ge=1, description="longest reply of the LLM, its thinking included")
+    llm_token_limit: int | None = Field(None, ge=1, description="tokens, in and out, after which the LLM is not asked "
+                                                                "any more and the fallback proposes")
+    llm_request_limit: int | None = Field(None, ge=1, description="the same for requests, failed ones included")
+    llm_cost_limit: float | None = Field(None, gt=0, description="the same for money, in US dollars; needs the prices")
+    llm_price_in: float | None = Field(None, ge=0, description="US dollars per million tokens that the LLM reads")
+    llm_price_out: float | None = Field(None, ge=0, description="US dollars per million tokens that the LLM writes")
+    llm_fallback: FallbackName = Field(
+        "evolution", description="who proposes where the LLM fails, is out of its limits or sends nothing valid; stop: "
+                                 "the search ends and can be resumed")
+    llm_replay_strict: bool = Field(False, description="a replay whose prompts differ from the recorded ones is an "
+                                                       "error, not a warning")
+
+
+class SearchConfig(LLMFields):
+    """Everything that a search depends on."""
 
     env: str = Field("lacer/MixedTraffic-v0", description="registered environment id, or module:id")
     env_kwargs: dict[str, Any] = Field({}, description="constructor arguments of the environment")
@@ -80,34 +113,6 @@ class SearchConfig(BaseModel):
     expert_first: bool = Field(True, description="the expert's encoder is the first candidate, whoever the designer "
                                                  "is; else it is only trained with the winner, for comparison")
     text_model: str = Field("all-MiniLM-L6-v2", description="frozen text model: name, local folder, or hash (none)")
-    llm: str | None = Field(None, description="openai:MODEL, anthropic:MODEL, replay:FILE (a recorded transcript), or "
-                                              "human (answers from the terminal; human:- from a pipe)")
-    llm_base_url: str | None = Field(None, description="address of any OpenAI-compatible server, e.g. "
-                                                       "http://localhost:11434/v1")
-    llm_temperature: float | None = Field(None, ge=0, le=2, description="sampling temperature of the LLM; default: the "
-                                                                        "designer's, 0 for genius, 1 for the others")
-    llm_seed: int | None = Field(None, description="sampling seed of the LLM, where the server knows one; default: the "
-                                                   "search's seed")
-    llm_format: ReplyFormat = Field("auto", description="what holds the LLM to the form of a reply: a JSON schema, a "
-                                                        "tool call, the wish for a JSON object, or the prompt alone; "
-                                                        "auto: tried in this order and remembered")
-    llm_timeout: float = Field(180, gt=0, description="seconds until a request to the LLM is given up")
-    llm_retries: int = Field(4, ge=0, le=20, description="further tries after HTTP 429, 5xx, timeouts and broken "
-                                                         "connections")
-    llm_repairs: int = Field(2, ge=0, le=10, description="how often an invalid reply goes back to the LLM with its "
-                                                         "error before the fallback proposes")
-    llm_max_output_tokens: int = Field(8192, ge=1, description="longest reply of the LLM, its thinking included")
-    llm_token_limit: int | None = Field(None, ge=1, description="tokens, in and out, after which the LLM is not asked "
-                                                                "any more and the fallback proposes")
-    llm_request_limit: int | None = Field(None, ge=1, description="the same for requests, failed ones included")
-    llm_cost_limit: float | None = Field(None, gt=0, description="the same for money, in US dollars; needs the prices")
-    llm_price_in: float | None = Field(None, ge=0, description="US dollars per million tokens that the LLM reads")
-    llm_price_out: float | None = Field(None, ge=0, description="US dollars per million tokens that the LLM writes")
-    llm_fallback: FallbackName = Field(
-        "evolution", description="who proposes where the LLM fails, is out of its limits or sends nothing valid; stop: "
-                                 "the search ends and can be resumed")
-    llm_replay_strict: bool = Field(False, description="a replay whose prompts differ from the recorded ones is an "
-                                                       "error, not a warning")
     batch: int = Field(1, ge=1, description="encoders that an LLM designer asks for at once")
     wandb: Literal["auto", "online", "offline", "off"] = Field(
         "auto", description="Weights & Biases; auto: online if logged in, else offline")
@@ -126,10 +131,8 @@ class TableConfig(SearchConfig):
     seeds: int = Field(3, ge=1, description="training seeds per encoder")
 
 
-class BenchConfig(BaseModel):
+class BenchConfig(LLMFields):
     """What `lacer bench` runs."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     table: str | None = Field(None, description="CSV (also .gz) or Parquet file of measured architectures")
     arch: str = Field("arch", description="column of the architecture, one decision per character; ncode for a table "
@@ -156,15 +159,13 @@ class BenchConfig(BaseModel):
     prune_seeds: bool = Field(False, description="every seed searches another random subspace of the table; scores are "
                                                  "then normalised to it, 0 its mean and 1 its best")
     workers: int = Field(0, ge=0, description="runs at once; 0: one per CPU core")
-    llm: str | None = Field(None, description="for designers with an LLM, as in `lacer search`")
-    llm_base_url: str | None = Field(None, description="URL of any OpenAI-compatible server")
 
 
 Config = TypeVar("Config", bound=BaseModel)
 
 RESUMABLE = {"candidates", "workers", "timeout", "memory", "max_env_steps", "max_seconds", "max_tokens", "executor",
              "ray_address", "cpus_per_candidate", "gpus_per_candidate", "storage", "ahead", "batch", "wandb",
-             "wandb_project", "seeds", *(f for f in SearchConfig.model_fields if f.startswith("llm"))}
+             "wandb_project", "seeds", *LLMFields.model_fields}
 """Fields that may be changed when a search is resumed; results before and after stay comparable."""
 
 

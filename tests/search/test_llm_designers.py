@@ -18,7 +18,8 @@ from lacer.agents import Evaluation, Protocol, RunRequest, run
 from lacer.encoders import EncoderSpec
 from lacer.envs import LacerError, task_card
 from lacer.search import Decision, SearchSpace, search
-from lacer.search.config import SearchConfig, expert_spec, validate
+from lacer.search.bench import bench
+from lacer.search.config import BenchConfig, SearchConfig, expert_spec, validate
 from lacer.search.designers.base import check_options, designer_class
 from lacer.search.designers.feedback_memory import dummy_forward
 from lacer.search.designers.llm_base import LLMDesigner
@@ -347,6 +348,39 @@ def test_lm_searcher_on_tables_with_a_server_and_with_replay(server: Server, tmp
     assert len({t.ncode for t in trials}) == 11
     again = go("b", llm=f"replay:{tmp_path / 'a' / 'llm_transcript.jsonl'}")
     assert [t.ncode for t in again.study.trials] == [t.ncode for t in trials]
+
+
+def test_lm_searcher_in_a_bench(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = Path(__file__).parents[2] / "benchmarks" / "data" / "nasbench_macro.csv.gz"
+    config = BenchConfig(table=str(table), score="mean_acc", designers="random,lm-searcher", budget=9, seeds=2,
+                         workers=1, llm="openai:scripted", llm_base_url=url(server, "good"), llm_price_in=1,
+                         llm_price_out=10)
+    first = bench(config, tmp_path / "a", quiet=True)
+    assert {k: v for k, v in first.usage("lm-searcher").items() if k != "seconds"} == {
+        "tokens_in": 4000, "tokens_out": 400, "requests": 4, "cost": pytest.approx(0.008), "others": 0}
+    assert first.usage("random") == {}
+    text = (tmp_path / "a" / "summary.md").read_text()
+    assert "lm-searcher asked openai:scripted, per run: 4 requests, 4,000 tokens in" in text
+    monkeypatch.delenv("OPENAI_API_KEY")
+    recorded = f"replay:{tmp_path}/a/llm/{{designer}}-{{seed}}/llm_transcript.jsonl"
+    again = bench(config.model_copy(update={"llm": recorded}), tmp_path / "b", quiet=True)
+    assert [r.ncode for r in again.runs] == [r.ncode for r in first.runs]
+    assert again.runs[-1].usage == pytest.approx(first.runs[-1].usage, rel=0.02)
+    (tmp_path / "a" / "parts" / "lm-searcher-00001-00001.json").unlink()  # as if it had been killed then
+    with pytest.raises(LacerError, match="llm was 'openai:scripted'"):
+        bench(config.model_copy(update={"llm": recorded}), tmp_path / "a", quiet=True)
+    with pytest.raises(LacerError, match="OPENAI_API_KEY"):
+        bench(config.model_copy(update={"llm_base_url": None}), tmp_path / "c", quiet=True)
+    with pytest.raises(LacerError, match="name all with {designer} and {seed}"):
+        bench(config.model_copy(update={"llm": "replay:x"}), tmp_path / "c", quiet=True)
+    with pytest.raises(LacerError, match="no-such-1"):
+        bench(config.model_copy(update={"llm": "replay:no-such-{seed}", "seed": 1}), tmp_path / "c", quiet=True)
+    assert not (tmp_path / "c").exists()
+    resumed = bench(config, tmp_path / "a", quiet=True)
+    assert [r.ncode for r in resumed.runs[:3]] == [r.ncode for r in first.runs[:3]]
+    assert len(resumed.runs[3].ncode) == 9
+    transcript = tmp_path / "a" / "llm" / "lm-searcher-1" / "llm_transcript.jsonl"
+    assert len(transcript.read_text().splitlines()) == 4, "the run that was cut off began anew"
 
 
 def test_only_lm_searcher_searches_other_spaces(server: Server) -> None:
