@@ -8,7 +8,8 @@ sets are also compared seed by seed.
     python benchmarks/prompt_sets.py llm=openai:MODEL llm_base_url=URL env=lacer/KnownSources-v0 seeds=3 candidates=10
     python benchmarks/prompt_sets.py llm=replay:FILE seeds=1
 
-Further ``key=value``: designer, steps, episodes, out (a folder that keeps the runs). The last line is JSON.
+Further ``key=value``: designer, steps, episodes, out (a folder that keeps the runs, and is gone on with), sets and seed
+(only these, the seeds from that one on, to share the work between processes). The last line is JSON.
 """
 
 from __future__ import annotations
@@ -48,31 +49,36 @@ def spreads(scores: np.ndarray) -> dict[str, Any]:
 
 
 def main(options: dict[str, Any]) -> dict[str, Any]:
-    seeds = int(options.pop("seeds", 3))
+    seeds, first = int(options.pop("seeds", 3)), int(options.pop("seed", 0))
+    sets = options.pop("sets", ",".join(SETS)).split(",")
     out = options.pop("out", None)
     steps, episodes = int(options.pop("steps", 4096)), int(options.pop("episodes", 10))
-    keys = {"candidates": 10, "designer": "lacer", "env": "lacer/KnownSources-v0", "llm": None, "llm_base_url": None}
+    keys = {"candidates": 10, "designer": "lacer", "env": "lacer/KnownSources-v0", "llm": None, "llm_base_url": None,
+            "llm_timeout": 180}
     for key in options:
         if key not in keys:
-            sys.exit(f"unknown option {key}; there are seeds, steps, episodes, out, {', '.join(keys)}")
+            sys.exit(f"unknown option {key}; there are seeds, seed, sets, steps, episodes, out, {', '.join(keys)}")
     given = {**keys, **options}
     if not given["llm"]:
         sys.exit("give llm=openai:MODEL, anthropic:MODEL or replay:FILE")
     given["candidates"] = int(given["candidates"])
-    scores = np.full((len(SETS), seeds), np.nan)
+    scores = np.full((len(sets), seeds), np.nan)
     spent = {"tokens_in": 0.0, "tokens_out": 0.0, "requests": 0.0}
     by_model = total = 0
     with tempfile.TemporaryDirectory() as scratch:
-        for seed in range(seeds):
-            for i, prompts in enumerate(SETS):
+        for j, seed in enumerate(range(first, first + seeds)):
+            for i, prompts in enumerate(sets):
                 folder = Path(out or scratch) / f"{prompts}-{seed}"
-                result = search(
-                    out=folder, quiet=True, seed=seed, designer_kwargs={"prompts": prompts}, wandb="off", final_steps=1,
-                    final_episodes=2, text_model="hash", workers=1, ahead=0,
-                    protocol={"steps": steps, "eval_episodes": episodes,
-                              "ppo": {"n_envs": 4, "n_steps": 64, "gamma": 0.5}}, **given).outcome
+                if (folder / "config.yaml").exists():
+                    result = search(resume=folder, quiet=True).outcome
+                else:
+                    result = search(
+                        out=folder, quiet=True, seed=seed, designer_kwargs={"prompts": prompts}, wandb="off",
+                        final_steps=1, final_episodes=2, text_model="hash", workers=1, ahead=0,
+                        protocol={"steps": steps, "eval_episodes": episodes,
+                                  "ppo": {"n_envs": 4, "n_steps": 64, "gamma": 0.5}}, **given).outcome
                 best = next(t for t in result.trials if t.number == result.winner)
-                scores[i, seed] = best.objective
+                scores[i, j] = best.objective
                 evaluated = [t for t in result.trials if t.status != "rejected"][1:]
                 by_model += sum(t.proposal.designer == given["designer"] for t in evaluated)
                 total += len(evaluated)
@@ -80,12 +86,12 @@ def main(options: dict[str, Any]) -> dict[str, Any]:
                 print(f"{prompts:12} seed {seed}: best score {best.objective:.4f} (#{best.number})", flush=True)
     got = spreads(scores)
     print("\nbest score of a search, mean over seeds with 95 % bootstrap interval")
-    for prompts, (mean, low, high) in zip(SETS, got["means"], strict=True):
+    for prompts, (mean, low, high) in zip(sets, got["means"], strict=True):
         print(f"  {prompts:12} {mean:.4f} [{low:.4f}, {high:.4f}]")
     print(f"standard deviation between sets of prompts {got['between_sets']:.4f}, between seeds "
           f"{got['between_seeds']:.4f}; sets make {got['share']:.0%} of the variance")
     return {"benchmark": "prompt_sets", **given, "seeds": seeds, "steps": steps, "scores": {
-        s: [round(float(x), 4) for x in row] for s, row in zip(SETS, scores, strict=True)},
+        s: [round(float(x), 4) for x in row] for s, row in zip(sets, scores, strict=True)},
         **{k: round(got[k], 4) for k in ("between_sets", "between_seeds", "share")},
         "proposed_by_model": round(by_model / max(1, total), 3), **spent}
 

@@ -341,6 +341,9 @@ def bench(config: BenchConfig, folder: str | Path, *, quiet: bool = False) -> Re
     source = source_of(config)
     names = names_of(config)
     checkpoints_of(config)
+    for name in names:
+        if not designer_class(name).needs_llm:
+            make_plain(name, 0).check_space(source.space)
     _check_models(config, names)
     if config.prune_seeds:
         if not isinstance(source, Table):

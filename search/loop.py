@@ -258,6 +258,7 @@ def _search(config: SearchConfig, folder: Path | None, quiet: bool, fresh: bool)
     if config.storage is not None:
         check_server(config.storage, (config.study_name or folder.name) if fresh else None)
     designer = make_designer(checked.designer, config, folder)
+    designer.check_space(checked.space)
     try:
         folder.mkdir(parents=True, exist_ok=not fresh)
         with only_driver(folder), sigterm_as_interrupt():

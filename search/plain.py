@@ -88,6 +88,7 @@ def search_points(space: SearchSpace, function: Function, config: SearchConfig, 
         raise LacerError(f"the designer {name!r} searches encoders; for other spaces choose lm-searcher, or one that "
                          "needs no LLM, see `lacer designers`")
     designer = make_designer(name, config, folder)
+    designer.check_space(space)
     if folder is None and config.storage is None:
         return _run(Study(space, objective), designer, function, config, None, quiet)
     if folder is None:

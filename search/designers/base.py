@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from lacer.envs import LacerError, UnknownNameError, did_you_mean
-from lacer.search.space import Point
+from lacer.search.space import Point, SearchSpace
 from lacer.search.study import Proposal, Study, Trial
 
 
@@ -45,6 +45,9 @@ class Designer(ABC):
     @abstractmethod
     def propose(self, study: Study, n: int) -> list[Proposal]:
         """Up to ``n`` new proposals, at least one (a rejected one counts), given all trials so far."""
+
+    def check_space(self, space: SearchSpace) -> None:  # noqa: B027 (optional)
+        """Raises LacerError for a space that the designer cannot search; called before anything starts."""
 
     def observe(self, trial: Trial) -> None:  # noqa: B027 (optional)
         """Called once with every finished, failed or pruned trial, between two calls of `propose`; those of an earlier

@@ -27,7 +27,7 @@ class OptunaSampler(Designer):
     as it would its own: decisions are suggested in the order of the space, each only where it is asked.
     Deviations: a sampler draws anew for every proposal, from the seed and the number of trials, so a search resumes
     from the study alone; an encoder that was seen before is asked for again, at most ten times, then drawn at random.
-    CMA-ES is not among them: it needs numbers, and keeps its state as a pickle in the study.
+    CMA-ES is not among them, because Optuna's keeps its state as a pickle in the study: see the designer `cmaes`.
 
     Args:
         seed: seed of the sampler.

@@ -11,13 +11,16 @@ import pytest
 
 from lacer.agents import Evaluation
 from lacer.envs import LacerError, task_card
-from lacer.search import Decision, SearchSpace
+from lacer.search import Decision, SearchSpace, search
+from lacer.search.bench import bench
+from lacer.search.config import BenchConfig
 from lacer.search.designers import bo
 from lacer.search.designers.base import Designer, designer_class, designer_names, make_plain
 from lacer.search.designers.evolution import Evolution
 from lacer.search.space import EncoderSpace, Point
 from lacer.search.storage import sqlite_url
 from lacer.search.study import StoredStudy, Study
+from lacer.search.tables import ListedSpace
 from lacer.search.testing import DesignerConformance
 
 CARD = task_card("lacer/KnownSources-v0")
@@ -49,9 +52,28 @@ def new_study(space: EncoderSpace = SPACE) -> Study:
     return Study(space)
 
 
+class NumericConformance(DesignerConformance):
+    """For designers that take numbers only."""
+
+    def spaces(self) -> dict[str, SearchSpace]:
+        points = [(i, j) for i in range(12) for j in range(12) if (i + j) % 3]
+        return {"one decision": SearchSpace([Decision("only", tuple(range(30)))]),
+                "one option": SearchSpace([Decision("a", (3,)), Decision("b", (64, 16, 32, 8)), Decision("c", (1, 2))]),
+                "10^12 points": SearchSpace([Decision(f"d{i}", tuple(range(10))) for i in range(12)]),
+                "200 decisions": SearchSpace([Decision(f"d{i}", (False, True)) for i in range(200)]),
+                "holes": ListedSpace([Decision(n, tuple(range(12))) for n in "ab"], [f"{i}.{j}" for i, j in points])}
+
+    def space(self) -> SearchSpace:
+        return SearchSpace([Decision("width", (16, 32, 64, 128)), Decision("rate", (0.1, 0.01, 0.001)),
+                            *(Decision(f"d{i}", tuple(range(5))) for i in range(4))])
+
+
+NUMERIC = ("cmaes",)
+
 for _name in designer_names():  # every designer that needs nothing but a seed
     if not (designer_class(_name).needs_llm or designer_class(_name).trains):
-        _cls = type(f"Test_{_name.replace(':', '_')}", (DesignerConformance,), {
+        _base = NumericConformance if _name in NUMERIC else DesignerConformance
+        _cls = type(f"Test_{_name.replace(':', '_')}", (_base,), {
             "designer": _name, "length": 11 if "GP" in _name else 14})
         globals()[_cls.__name__] = pytest.mark.slow(_cls) if "GP" in _name else _cls  # Optuna's GP takes its time
 
@@ -168,3 +190,61 @@ def test_names_with_variants() -> None:
     for wrong in ("optuna:TPESamplr", "optuna:NopeSampler", "bo:TPESampler"):
         with pytest.raises(LacerError, match="unknown designer"):
             designer_class(wrong)
+
+
+# -- CMA-ES ---------------------------------
+
+
+def bowl(point: Point) -> float:
+    return -sum((v - 13) ** 2 for v in point.values())
+
+
+def test_cma_es_finds_the_bottom_of_a_bowl() -> None:
+    space = SearchSpace([Decision(f"x{i}", tuple(range(21))) for i in range(5)])
+    for seed in range(3):
+        study, designer = Study(space), make_plain("cmaes", seed)
+        for _ in range(200):
+            [p] = designer.propose(study, 1)
+            assert p.point is not None
+            study.finish(study.start(p).number, Evaluation(objective=bowl(p.point)))
+        assert study.best is not None
+        assert study.best.objective is not None
+        assert study.best.objective >= -2, "of 4 million points; random search finds about -60"
+
+
+def test_cma_es_asks_while_a_generation_is_evaluated() -> None:
+    """Twenty workers; results come in another order than that of the proposals."""
+    space = SearchSpace([Decision(f"x{i}", tuple(range(21))) for i in range(5)])
+    study, designer, rng = Study(space), make_plain("cmaes", 0), np.random.default_rng(0)
+    running = []
+    for _ in range(300):
+        [p] = designer.propose(study, 1)
+        running.append(study.start(p))
+        if len(running) == 20:
+            t = running.pop(int(rng.integers(20)))
+            study.finish(t.number, Evaluation(objective=bowl(t.proposal.point or {})))
+    assert study.best is not None
+    assert (study.best.objective or -99) >= -8
+    copy = Study(space, trials=study.trials)
+    again = make_plain("cmaes", 0).propose(copy, 3)
+    assert [p.point for p in again] == [p.point for p in designer.propose(study, 3)], "rebuilt from the study alone"
+
+
+def test_cma_es_needs_numbers() -> None:
+    def check(*decisions: Decision) -> None:
+        make_plain("cmaes", 0).check_space(SearchSpace(decisions))
+
+    with pytest.raises(LacerError, match="option 'a'; CMA-ES needs numbers"):
+        check(Decision("x", (1, 2)), Decision("y", ("a", "b")))
+    with pytest.raises(LacerError, match="asked only in some cases"):
+        check(Decision("x", (1, 2)), Decision("y", (1, 2), ("x", 2)))
+    with pytest.raises(LacerError, match="nothing to decide"):
+        check(Decision("x", (1,)))
+    with pytest.raises(LacerError, match="population be at least 3"):
+        make_plain("cmaes", 0, population=2)
+    with pytest.raises(LacerError, match=r"CMA-ES needs .* always asked|CMA-ES needs numbers"):
+        search("lacer/KnownSources-v0", designer="cmaes", quiet=True)
+    with pytest.raises(LacerError, match="CMA-ES needs numbers"):
+        search(space=SearchSpace([Decision("y", ("a", "b"))]), objective=len, designer="cmaes", quiet=True)
+    with pytest.raises(LacerError, match="CMA-ES needs numbers"):
+        bench(BenchConfig(table=str(TABLE), score="mean_acc", designers="cmaes"), "unused")

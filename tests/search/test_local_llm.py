@@ -105,7 +105,8 @@ def test_schema_constrained_random_replies_are_valid(url: str, form: Any, env: s
 
 @pytest.mark.parametrize("name", LLM_DESIGNERS)
 def test_a_search_completes(url: str, name: str, tmp_path: Path) -> None:
-    config = {**TINY, "candidates": 4, "designer": name}
+    config = {**TINY, "candidates": 4, "designer": name,
+              "designer_kwargs": {"start": 1} if name == "lm-searcher" else {}}
     result = search(out=tmp_path / "run", quiet=True, **config, wandb="off", llm="openai:tiny", llm_base_url=url,
                     llm_max_output_tokens=4096)
     trials = [t for t in result.outcome.trials if t.status != "rejected"]
