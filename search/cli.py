@@ -19,7 +19,17 @@ from pydantic_core import PydanticUndefined
 from rich.console import Console
 
 from lacer.envs import LacerError, did_you_mean, list_envs
-from lacer.search.config import COMMON, BenchConfig, SearchConfig, TableConfig, resumed, validate, validate_as
+from lacer.search.config import (
+    COMMON,
+    NESTED,
+    BenchConfig,
+    SearchConfig,
+    TableConfig,
+    merge,
+    resumed,
+    validate,
+    validate_as,
+)
 from lacer.search.presets import read_yaml
 
 EXAMPLES = {
@@ -60,10 +70,6 @@ EXAMPLES = {
   lacer blocks gru
   lacer blocks set:attention""",
 }
-
-
-NESTED = ("protocol", "ppo", "limits")
-"""Fields of the configuration that are models of their own."""
 
 
 class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -126,13 +132,6 @@ def _given(args: Namespace, skip: tuple[str, ...]) -> dict[str, Any]:
         return out
 
     return prune({k: v for k, v in args.as_dict().items() if k not in skip})
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    out = dict(base)
-    for k, v in over.items():
-        out[k] = _merge(out[k], v) if k in NESTED and isinstance(out.get(k), dict) else v
-    return out
 
 
 def _parser() -> _Parser:
@@ -249,7 +248,7 @@ def _search(a: Namespace) -> None:
         base = read_yaml(a.config) if a.config is not None else {}
         if a.config is not None:
             validate(base, a.config)  # names the file if a key of it is wrong
-        merged = _merge(base, given)
+        merged = merge(base, given)
         validate(merged, "--")  # what is wrong now was given as an option
         result = search(out=a.out, quiet=a.quiet, **merged)
     console = Console(highlight=False)
@@ -270,7 +269,7 @@ def _train(a: Namespace) -> None:
     from lacer.search.progress import Display
 
     over = {k: a[k] for k in ("env", "env_kwargs") if a[k] is not None}
-    config = validate(_merge(read_yaml(a.config) if a.config else {}, over), a.config or "train")
+    config = validate(merge(read_yaml(a.config) if a.config else {}, over), a.config or "train")
     for name, value in (("--steps", a.steps), ("--episodes", a.episodes)):
         if value < 1:
             raise LacerError(f"{name} must be at least 1, not {value}")
@@ -404,7 +403,7 @@ def _bench_make(a: Namespace) -> None:
         base = read_yaml(a.config, "bench", "table's configuration") if a.config is not None else {}
         if a.config is not None:
             validate_as(TableConfig, base, a.config)
-        config = validate_as(TableConfig, _merge(base, given), "--")
+        config = validate_as(TableConfig, merge(base, given), "--")
         name = config.env.split("/")[-1].split(":")[-1]
         folder = Path(a.out) if a.out else Path("bench") / f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
     print(make_table(config, folder, resume=a.resume is not None, quiet=a.quiet))
