@@ -28,6 +28,7 @@ from lacer.search.runs import StoredRun, StudyReader, read_run
 
 if TYPE_CHECKING:
     from lacer.search.compare_tables import Compared
+    from lacer.search.executors import Executor
     from lacer.search.loop import Plan
     from lacer.search.progress import Display
 
@@ -260,7 +261,8 @@ def _check_changes(before: ComparisonConfig, now: ComparisonConfig) -> dict[str,
         for label in old[part]:
             if label in new[part] and old[part][label] != new[part][label]:
                 raise LacerError(f"{part}.{label} cannot change when a comparison is resumed: give it another label")
-    changes = {k: new["base"].get(k) for k in {**old["base"], **new["base"]} if old["base"].get(k) != new["base"].get(k)}
+    fields = {**old["base"], **new["base"]}
+    changes = {k: new["base"].get(k) for k in fields if old["base"].get(k) != new["base"].get(k)}
     wrong = sorted(set(changes) - (RESUMABLE - {"candidates", "max_env_steps", "max_tokens", "max_seconds"}))
     if wrong:
         raise LacerError(f"base.{wrong[0]} cannot change when a comparison is resumed "
@@ -338,6 +340,7 @@ class _Runner:
                 return True
             if self._executor is None:
                 self._executor = make_executor(search.config, self._folder / "workers.log")
+                _warm_up(self._executor, search.config)
             done = self._of - sum(not is_finished(s.folder(self._folder), s.placed(self._folder))
                                   for s, _ in self._work)
             part = Part(self._display, plan.total_steps, f"[{done + 1}/{self._of} {search.name}]")
@@ -351,6 +354,21 @@ class _Runner:
             result = run_search(config, folder, True, fresh, Shared(self._executor, part))  # type: ignore[arg-type]
             part.done(_said(result.outcome, search))
         return True
+
+
+def _warm_up(executor: Executor, config: SearchConfig) -> None:
+    """Waits until the workers of a pool have started, so that the first search does not pay for it in wall time."""
+    from lacer.search.executors import ProcessPool
+    from lacer.search.loop import run_request
+
+    if not isinstance(executor, ProcessPool):
+        return
+    request = run_request(config, None, config.protocol.model_copy(update={"eval_episodes": 1}), config.seed)
+    left = executor.free
+    for i in range(left):
+        executor.submit(f"warm-up {i}", request)
+    while left:
+        left -= sum(event.evaluation is not None for event in executor.poll(1.0))
 
 
 def _said(outcome: Any, search: Search) -> str:

@@ -40,10 +40,10 @@ POINTS = 120
 class Compared:
     """Runs side by side.
 
-    Scores are of two kinds, and no table mixes them. *Selection* scores are those that the searches chose by: curves and
-    evaluations needed are made of them, and the best of many is too good to be true. *Final* scores are of the winner,
-    trained anew with another seed and evaluated on episodes that took no part in its selection: ranking, tests and
-    profiles are made of them alone. Searches with a plain function have only the former.
+    Scores are of two kinds, and no table mixes them. *Selection* scores are those that the searches chose by:
+    curves and evaluations needed are made of them, and the best of many is too good to be true. *Final* scores are of
+    the winner, trained anew with another seed and evaluated on episodes that took no part in its selection: ranking,
+    tests and profiles are made of them alone. Searches with a plain function have only the former.
 
     Attributes:
         folder: where it is written.
@@ -156,8 +156,8 @@ class Compared:
 
     @cached_property
     def pairs(self) -> dict[str, list[Comparison]]:
-        """All pairs of designers by environment; p-values corrected for all pairs of the environment (Holm). Empty where
-        a designer has a single run."""
+        """All pairs of designers by environment; p-values corrected for all pairs of the environment (Holm). Empty
+        where a designer has a single run."""
         out = {}
         for env in self.envs:
             scores = self.scores(env)
@@ -211,8 +211,8 @@ class Compared:
 
     @cached_property
     def reached(self) -> pd.DataFrame:
-        """Per level: the share of seeds whose best selection score reaches it, and the median and 80th percentile of the
-        candidates that they need (infinite where fewer reach it)."""
+        """Per level: the share of seeds whose best selection score reaches it, and the median and 80th percentile of
+        the candidates that they need (infinite where fewer reach it)."""
         rows = []
         for env in self.envs:
             for name, level in self.levels(env).items():
@@ -235,8 +235,8 @@ class Compared:
         zero, one = (float(s[k].astype(float).mean()) for k in ("final_doing_nothing", "final_expert"))
         how = "0 is doing nothing, 1 the expert’s encoder"
         if not np.isfinite([zero, one]).all() or self.sign(env) * (one - zero) <= 0:
-            every = self.sign(env) * np.concatenate([[0.0], *self.scores(env).values()])[1:]
-            zero, one = self.sign(env) * every.min(), self.sign(env) * every.max()
+            every = [float(v) for values in self.scores(env).values() for v in values] or [0.0]
+            zero, one = sorted((min(every), max(every)), reverse=self.sign(env) < 0)
             how = "0 is the worst of all searches, 1 the best"
         return {n: (v - zero) / ((one - zero) or 1.0) for n, v in self.scores(env).items()}, how
 
@@ -316,14 +316,15 @@ def _path(run: StoredRun) -> dict[str, Array]:
     sign = run.objective.signed(1.0)
     results = run.results
     own = sorted((run.clock(t.started), int(t.trial.proposal.meta.get("env_steps") or 0)) for t in run.trials)
-    best, steps, out = math.nan, 0, []
+    best, steps, out = -math.inf, 0, []
     for i, t in enumerate(results, 1):
         assert t.ended is not None
         e, clock = t.trial.evaluation, run.clock(t.ended)
         steps += e.cost.env_steps if e is not None else 0
         if t.trial.objective is not None:
-            best = sign * max(sign * t.trial.objective, sign * best if math.isfinite(best) else -math.inf)
-        out.append((i, steps + sum(s for begun, s in own if begun <= clock), clock, best))
+            best = max(best, sign * t.trial.objective)
+        so_far = sign * best if math.isfinite(best) else math.nan
+        out.append((i, steps + sum(s for begun, s in own if begun <= clock), clock, so_far))
     table = np.array(out, float).reshape(-1, 4)
     return {"candidates": table[:, 0], "env_steps": table[:, 1], "seconds": table[:, 2], "best": table[:, 3]}
 

@@ -25,8 +25,9 @@ def trial_rows(run: StoredRun) -> list[dict[str, Any]]:
     Columns: ``number``, ``status``, ``reason``, ``designer``, ``ncode``, ``encoder`` (JSON), ``objective``,
     ``mean_return``, ``returns`` (JSON, per evaluation episode), ``metric/NAME`` (mean over the episodes), ``seed``,
     ``parents`` (JSON), ``rationale``, ``expected`` (what the designer predicted of the objective, if it did),
-    ``started`` and ``ended`` (ISO 8601, local time), ``clock`` (s of the search at its end), ``env_steps`` (a designer's
-    own training included), ``decision/NAME``, ``probe/SOURCE/NAME``, ``cost/NAME``, ``llm/NAME``, and ``winner``.
+    ``started`` and ``ended`` (ISO 8601, local time), ``clock`` (s of the search at its end), ``env_steps`` (a
+    designer's own training included), ``decision/NAME``, ``probe/SOURCE/NAME``, ``cost/NAME``, ``llm/NAME``, and
+    ``winner``.
     """
     winner = run.winner
     out = []
@@ -53,8 +54,8 @@ def trial_rows(run: StoredRun) -> list[dict[str, Any]]:
 
 
 def curve_rows(run: StoredRun) -> list[dict[str, Any]]:
-    """Every point of every learning curve: ``number`` (``winner`` and ``expert`` for the final trainings), ``env_steps``
-    and ``return``, the mean return of the training episodes that ended since the point before."""
+    """Every point of every learning curve: ``number`` (``winner`` and ``expert`` for the final trainings),
+    ``env_steps`` and ``return``, the mean return of the training episodes that ended since the point before."""
     curves = {str(t.trial.number): t.trial.evaluation.curve for t in run.trials if t.trial.evaluation is not None}
     curves |= {name: e.curve for name, e in run.finals.items()}
     return [{"number": number, "env_steps": int(step), "return": float(value)}

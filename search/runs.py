@@ -1,5 +1,5 @@
-"""Runs as they are stored, read without disturbing a search that is still writing, without its environment, and whatever
-its search space was: for comparing, exporting and watching."""
+"""Runs as they are stored, for comparing, exporting and watching: read without disturbing a search that is still
+writing, without its environment, and whatever its search space was."""
 
 from __future__ import annotations
 
@@ -213,16 +213,9 @@ class StudyReader:
     def _open(self) -> sqlite3.Connection:
         assert self._file is not None
         uri = self._file.resolve().as_uri()
-        connection = sqlite3.connect(f"{uri}?mode=ro", uri=True, timeout=BUSY_SECONDS, check_same_thread=False)
-        try:
-            connection.execute("SELECT 1 FROM sqlite_master LIMIT 1")
-        except sqlite3.OperationalError:
-            # A folder that cannot be written: SQLite cannot make its shared memory there, and nobody else can write.
-            connection.close()
-            if Path(f"{self._file}-wal").exists():
-                raise
-            connection = sqlite3.connect(f"{uri}?immutable=1", uri=True, check_same_thread=False)
-        return connection
+        # Without a log nobody has it open, so it is read as it is; a reader's own log would stay in the folder.
+        how = "mode=ro" if Path(f"{self._file}-wal").exists() else "immutable=1"
+        return sqlite3.connect(f"{uri}?{how}", uri=True, timeout=BUSY_SECONDS, check_same_thread=False)
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -250,8 +243,8 @@ class StudyReader:
             direction = c.execute(sa.select(directions.c.direction).where(directions.c.study_id == self._id)).scalar()
             names = c.execute(sa.select(attrs.c.value_json).where(
                 attrs.c.study_id == self._id, attrs.c.key == "study:metric_names")).scalar()
-        low = str(getattr(direction, "name", direction)).lower()
-        return Objective(json.loads(names)[0] if names else "score", "", "minimize" if low == "minimize" else "maximize")
+        low = str(getattr(direction, "name", direction)).lower() == "minimize"
+        return Objective(json.loads(names)[0] if names else "score", "", "minimize" if low else "maximize")
 
     def attrs(self) -> dict[str, Any]:
         """What is stored with the study."""
@@ -268,7 +261,7 @@ class StudyReader:
                 sa.select(t.c.number, t.c.state).where(t.c.study_id == self._id).order_by(t.c.number))}
 
     def trials(self, numbers: Collection[int] | None = None) -> list[StoredTrial]:
-        """Some trials, or all, by number. Raises LacerError, or ValidationError for an evaluation of another version."""
+        """Some trials, or all, by number. Raises LacerError; ValidationError for an evaluation of another version."""
         if numbers is not None and not numbers:
             return []
         t, p, a = (self._table[n] for n in ("trials", "trial_params", "trial_user_attributes"))
