@@ -25,6 +25,7 @@ from lacer.search.config import RESUMABLE, SearchConfig, merge, own_steps, resum
 from lacer.search.files import read_config, write_config, write_whole
 from lacer.search.outcome import WINNER
 from lacer.search.runs import StoredRun, StudyReader, read_run
+from lacer.search.storage import check_server, without_password
 
 if TYPE_CHECKING:
     from lacer.search.compare_tables import Compared
@@ -184,10 +185,13 @@ def plan_comparison(config: ComparisonConfig) -> ComparisonPlan:
     if trains and len(known) > len(trains):
         label, made = next(iter(trains.items()))
         c = made.config
-        if c.max_env_steps is None:
-            raise LacerError(f"{label} trains by itself, {own_steps(c):,} environment steps that the number of "
-                             f"candidates does not count, so budgets would not be equal. Give all the same number of "
-                             f"steps, e.g. base.max_env_steps: {c.candidates * c.protocol.steps}")
+        most = c.candidates * c.protocol.steps
+        if c.max_env_steps is None or c.max_env_steps > most:
+            why = "the number of candidates does not count" if c.max_env_steps is None else (
+                f"the others do not get: their {c.candidates} candidates are trained for {most:,} steps, less than "
+                "max_env_steps")
+            raise LacerError(f"{label} trains by itself, {own_steps(c):,} environment steps that {why}, so budgets "
+                             f"would not be equal. Give all the same number of steps, e.g. base.max_env_steps: {most}")
     return ComparisonPlan(config, searches, [replace(known[s.env, s.label], config=s.config) for s in searches])
 
 
@@ -228,6 +232,9 @@ def run_comparison(config: ComparisonConfig, folder: Path, *, resume: bool = Fal
     if folder.exists() and not resume:
         raise LacerError(f"{folder} exists already. To go on with it: lacer compare --resume "
                          f"{shlex.quote(str(folder))}. To start anew: choose another folder with --out.")
+    storage = planned.searches[0].config.storage
+    if storage is not None:
+        check_server(storage)
     changes: dict[str, Any] = {}
     if resume:
         changes = _check_changes(read_comparison(folder), planned.config)
@@ -243,7 +250,6 @@ def run_comparison(config: ComparisonConfig, folder: Path, *, resume: bool = Fal
 
 def _write_start(planned: ComparisonPlan, folder: Path) -> None:
     from lacer.search.loop import provenance
-    from lacer.search.storage import without_password
 
     data = planned.config.model_dump(mode="json")
     if data["base"].get("storage"):
@@ -642,7 +648,10 @@ def gather(entries: Sequence[Entry], folder: Path, *, allow: Sequence[str] = (),
         if not math.isfinite(level):
             raise LacerError(f"a level must be a number, not {level}")
     checked, notes = check_comparable(entries, allow)
-    return Compared(folder, title or folder.name, checked, tuple(levels), notes, _objectives(checked))
+    places = list(dict.fromkeys(e.env or str(e.run.config.get("env", "a function")) for e in checked))
+    labels = list(dict.fromkeys(e.label for e in checked))
+    title = title or f"{_listed(labels, 'designers')} on {_listed(places, 'environments')}"
+    return Compared(folder, title, checked, tuple(levels), notes, _objectives(checked))
 
 
 def report_comparison(folder: Path) -> Compared:
@@ -658,6 +667,13 @@ def report_comparison(folder: Path) -> Compared:
     except OSError as e:
         raise LacerError(f"cannot write {folder}: {e.strerror or e}") from None
     return compared
+
+
+def _listed(names: Sequence[str], what: str) -> str:
+    """``a, b and c``; of many only their number."""
+    if len(names) > 6:
+        return f"{len(names)} {what}"
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _write(compared: Compared) -> None:

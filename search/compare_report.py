@@ -80,10 +80,10 @@ def statements(compared: Compared) -> list[str]:
         where = f"{env}: " if env else ""
         scores = compared.scores(env)
         if len(scores) < 2:
-            out.append(f"{where}there is one designer with a result, so nothing is compared.")
+            out.append(f"{where}There is one designer with a result, so nothing is compared.")
             continue
         if not compared.pairs[env]:
-            out.append(f"{where}a designer with a single search cannot be told from another.")
+            out.append(f"{where}A designer with a single search cannot be told from another.")
             continue
         better = [(c, c.better, c.b if c.better == c.a else c.a) for c in compared.pairs[env] if c.better]
         for c, winner, loser in better:
@@ -94,11 +94,11 @@ def statements(compared: Compared) -> list[str]:
         if not better:
             seeds = sorted({len(v) for v in scores.values()})
             least = compared.least_p(env)
-            out.append(f"{where}no designer can be told from another with {'–'.join(map(str, seeds))} seeds." + (
+            out.append(f"{where}No designer can be told from another with {'–'.join(map(str, seeds))} seeds." + (
                 f" So few seeds could not have told anything apart: the smallest p that they can give is {least:.2g}. "
                 f"{compared.seeds_needed(env)} seeds can." if least >= 0.05 else ""))
         elif len(better) < len(compared.pairs[env]):
-            out.append(f"{where}the other pairs cannot be told apart.")
+            out.append(f"{where}The other pairs cannot be told apart.")
     return out
 
 
@@ -200,7 +200,7 @@ def _env_sections(compared: Compared, env: str, suffix: str) -> list[Section]:
         out.append(Section(
             f"Candidates needed{suffix}", (
                 "Median over seeds of the candidates until the best score that the search chose by has reached a level "
-                "(share of seeds that reach it); – where fewer than half do.",),
+                "(share of seeds that reach it); – where half or fewer do.",),
             ("designer", *(n if n == f"{v:g}" else f"{n}, {_num(v)}" for n, v in levels)), rows))
     return out
 
@@ -248,7 +248,7 @@ def _searches_section(compared: Compared, many: bool) -> Section:
 
 def _how(compared: Compared) -> Section:
     config = dict(compared.entries[0].run.config)
-    shown = {k: config[k] for keys in SAME.values() for k in keys if config.get(k) not in (None, {}, [])}
+    shown = _without_nothing({k: config.get(k) for keys in SAME.values() for k in keys})
     seeds = sorted({int(e.run.config.get("seed", 0)) for e in compared.entries})
     text = [f"Seeds of the searches: {', '.join(map(str, seeds))}."]
     if not compared.plain:
@@ -262,9 +262,17 @@ def _how(compared: Compared) -> Section:
                 f"{compared.entries[0].run.versions.get('git') or 'unknown'}.")
     if (compared.folder / FILE).exists():
         text.append(f"To repeat it: lacer compare {shlex.quote(str(compared.folder / FILE))} --out NEW_FOLDER")
-    text.append("What all searches of " + (f"{compared.envs[0]} " if compared.envs[0] else "it ") + "share:\n" + str(
-        yaml.safe_dump(json.loads(json.dumps(shown, default=str)), sort_keys=False, width=100)).rstrip())
+    text.append("What all searches share" + (f" ({compared.envs[0]})" if compared.envs[0] else "") + ":\n" + str(
+        yaml.safe_dump(json.loads(json.dumps(shown, default=str)), sort_keys=False, width=100,
+                       default_flow_style=None)).rstrip())
     return Section("How it was made", tuple(text))
+
+
+def _without_nothing(data: Any) -> Any:
+    """Plain data without fields that are not set."""
+    if not isinstance(data, dict):
+        return data
+    return {k: v for k, v in ((k, _without_nothing(v)) for k, v in data.items()) if v not in (None, {}, [])}
 
 
 def _problems(compared: Compared) -> list[str]:

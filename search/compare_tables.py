@@ -324,7 +324,7 @@ def _path(run: StoredRun) -> dict[str, Array]:
         if t.trial.objective is not None:
             best = max(best, sign * t.trial.objective)
         so_far = sign * best if math.isfinite(best) else math.nan
-        out.append((i, steps + sum(s for begun, s in own if begun <= clock), clock, so_far))
+        out.append((i, steps + sum(s for begun, s in own if begun < clock), clock, so_far))
     table = np.array(out, float).reshape(-1, 4)
     return {"candidates": table[:, 0], "env_steps": table[:, 1], "seconds": table[:, 2], "best": table[:, 3]}
 
