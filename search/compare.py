@@ -288,7 +288,7 @@ class _Runner:
         total = sum(p.total_steps for p in planned.plans)
         self._display = Display(planned.plans[0].card, total, quiet)
         self._executor: Any = None
-        self._of = len(self._work)
+        self._of, self._done = len(self._work), 0
 
     def run(self) -> None:
         say = self._display.say
@@ -300,8 +300,9 @@ class _Runner:
                 self._display.skip(plan.total_steps)
             else:
                 waiting.append((search, plan))
-        if len(waiting) < self._of:
-            say(f"{self._of - len(waiting)} of them are finished.")
+        self._done = self._of - len(waiting)
+        if self._done:
+            say(f"{self._done} of them are finished.")
         try:
             told = False
             while waiting:
@@ -343,13 +344,12 @@ class _Runner:
                 return False
             if is_finished(folder, config):
                 self._display.skip(plan.total_steps)
+                self._done += 1
                 return True
             if self._executor is None:
                 self._executor = make_executor(search.config, self._folder / "workers.log")
                 _warm_up(self._executor, search.config)
-            done = self._of - sum(not is_finished(s.folder(self._folder), s.placed(self._folder))
-                                  for s, _ in self._work)
-            part = Part(self._display, plan.total_steps, f"[{done + 1}/{self._of} {search.name}]")
+            part = Part(self._display, plan.total_steps, f"[{self._done + 1}/{self._of} {search.name}]")
             fresh = not (folder / "config.yaml").exists()
             if fresh and folder.exists():  # it was killed before it had begun
                 shutil.rmtree(folder)
@@ -359,6 +359,7 @@ class _Runner:
                     config = config.model_copy(update={"storage": search.config.storage})
             result = run_search(config, folder, True, fresh, Shared(self._executor, part))  # type: ignore[arg-type]
             part.done(_said(result.outcome, search))
+            self._done += 1
         return True
 
 

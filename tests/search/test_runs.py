@@ -188,7 +188,7 @@ def test_export(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         export(folder, tmp_path / "nowhere" / "t.csv")
 
 
-@pytest.mark.parametrize("command", [["designers"], ["blocks"], ["export", "RUN"]])
+@pytest.mark.parametrize("command", [["envs"], ["export", "RUN"]])
 def test_a_reader_that_goes_away(command: list[str], folder: Path) -> None:
     """As with ``| head``: the pipe is closed before anything is written."""
     process = subprocess.Popen([sys.executable, "-P", "-m", "lacer.search.cli", *(
