@@ -306,7 +306,8 @@ def _gain(finals: Mapping[str, Evaluation], metric: str) -> tuple[float, float, 
     """Winner less expert on the same episodes, with a 95 % bootstrap interval over the episodes; NaN where one of them
     has no result."""
     a, b = finals.get(WINNER), finals.get(EXPERT)
-    if a is None or b is None or not a.ok or not b.ok or a.episode_seeds != b.episode_seeds:
+    if a is None or b is None or not a.ok or not b.ok or a.episode_seeds != b.episode_seeds or not (
+            metric in a.metrics and metric in b.metrics):
         return (math.nan,) * 3
     return paired_difference(a, b, metric)
 

@@ -246,7 +246,7 @@ def test_several_environments(tmp_path: Path) -> None:
     ({"eval_env_kwargs": {"wordings": "x"}}, "differ in eval_env_kwargs", None),
     ({"protocol": {"steps": 7}}, "differ in protocol", "protocol"),
     ({"final_steps": 7}, "differ in final_steps", "protocol"),
-    ({"candidates": 7}, "differ in candidates: 12 in runs/random-0, 7 in runs/random-1", "budget"),
+    ({"candidates": 7}, "differ in candidates, .*: 12 in runs/random-0, 7 in runs/random-1", "budget"),
     ({"max_env_steps": 7}, "differ in max_env_steps", "budget"),
     ({"space": {"d0": [1]}}, "differ in space", "space"),
 ])
@@ -258,7 +258,7 @@ def test_runs_that_are_not_alike(change: dict[str, Any], message: str, allow: st
         with pytest.raises(LacerError, match=f"--allow {allow}"):
             check_comparable(pair)
         checked, notes = check_comparable(pair, [allow])
-        assert (len({e.env for e in checked}) == 2) if allow == "env" else any(message[:14] in n for n in notes)
+        assert (len({e.env for e in checked}) == 2) if allow == "env" else any(n.startswith("The runs differ in") for n in notes)
 
 
 def test_runs_that_never_can_be_compared() -> None:
@@ -344,9 +344,9 @@ def test_quick_has_enough_seeds() -> None:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Finished runs with a function, four seeds of two designers."""
+    """Finished runs with a function, two seeds of two designers."""
     folder = tmp_path_factory.mktemp("plain")
-    for name, seed in itertools.product(("random", "evolution"), range(4)):
+    for name, seed in itertools.product(("random", "evolution"), range(2)):
         search(space=SPACE, objective=helper_objectives.smooth, designer=name, seed=seed, candidates=6, quiet=True,
                out=folder / f"{name}-{seed}")
     return folder
@@ -370,7 +370,7 @@ def test_finished_runs_from_the_command_line(plain: Path, tmp_path: Path, capsys
     assert {p: p.stat().st_mtime_ns for p in plain.rglob("*")} == before, "the runs were only read"
     data = json.loads(out)
     assert data["designers"] == ["evolution", "random"]
-    assert [r["seeds"] for r in data["ranking"]] == [4, 4]
+    assert [r["seeds"] for r in data["ranking"]] == [2, 2]
     best = {r["run"]: r["final_score"] for r in data["searches"]}
     for path in plain.iterdir():
         values = [t.trial.objective for t in read_run(path).trials]
@@ -379,7 +379,7 @@ def test_finished_runs_from_the_command_line(plain: Path, tmp_path: Path, capsys
     for name in ("best_so_far", "final", "profiles"):
         assert (folder / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
         assert "<svg" in (folder / f"{name}.svg").read_text()
-    assert len(pd.read_csv(folder / "candidates.csv")) == 48
+    assert len(pd.read_csv(folder / "candidates.csv")) == 24
     assert json.loads((folder / "summary.json").read_text())["says"] == data["says"]
     page = (folder / "comparison.html").read_text()
     assert "<script" not in page
@@ -392,8 +392,8 @@ def test_finished_runs_from_the_command_line(plain: Path, tmp_path: Path, capsys
 
 
 def test_labels_and_patterns(plain: Path) -> None:
-    found = find_runs([f"old={plain}/random-*", f"new={plain}/evolution-[01]", str(plain / "evolution-2")])
-    assert [e.label for e in found] == ["old"] * 4 + ["new"] * 2 + ["evolution"]
+    found = find_runs([f"old={plain}/random-*", f"new={plain}/evolution-[0]", str(plain / "evolution-1")])
+    assert [e.label for e in found] == ["old", "old", "new", "evolution"]
     with pytest.raises(LacerError, match="is given twice"):
         find_runs([str(plain / "random-0"), f"x={plain}/random-0"])
     with pytest.raises(LacerError, match="there is no such folder"):
