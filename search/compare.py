@@ -25,7 +25,7 @@ from lacer.search.config import RESUMABLE, SearchConfig, merge, own_steps, resum
 from lacer.search.files import read_config, write_config, write_whole
 from lacer.search.outcome import WINNER
 from lacer.search.runs import StoredRun, StudyReader, read_run
-from lacer.search.storage import check_server, without_password
+from lacer.search.storage import check_server, has_password
 
 if TYPE_CHECKING:
     from lacer.search.compare_tables import Compared
@@ -234,6 +234,9 @@ def run_comparison(config: ComparisonConfig, folder: Path, *, resume: bool = Fal
                          f"{shlex.quote(str(folder))}. To start anew: choose another folder with --out.")
     storage = planned.searches[0].config.storage
     if storage is not None:
+        if has_password(storage):
+            raise LacerError("a comparison keeps no password, and its page is written from the database: leave it out "
+                             "of storage and put it into PGPASSWORD or ~/.pgpass")
         check_server(storage)
     changes: dict[str, Any] = {}
     if resume:
@@ -251,10 +254,7 @@ def run_comparison(config: ComparisonConfig, folder: Path, *, resume: bool = Fal
 def _write_start(planned: ComparisonPlan, folder: Path) -> None:
     from lacer.search.loop import provenance
 
-    data = planned.config.model_dump(mode="json")
-    if data["base"].get("storage"):
-        data["base"]["storage"] = without_password(data["base"]["storage"])
-    write_config(folder / FILE, data)
+    write_config(folder / FILE, planned.config.model_dump(mode="json"))
     if not (folder / "versions.json").exists():
         write_whole(folder / "versions.json", json.dumps(provenance(planned.searches[0].config), indent=1) + "\n")
 
@@ -355,8 +355,6 @@ class _Runner:
                 shutil.rmtree(folder)
             if not fresh:
                 config = resumed(SearchConfig, folder, dict(self._changes))
-                if search.config.storage is not None:  # with its password
-                    config = config.model_copy(update={"storage": search.config.storage})
             result = run_search(config, folder, True, fresh, Shared(self._executor, part))  # type: ignore[arg-type]
             part.done(_said(result.outcome, search))
             self._done += 1
@@ -558,10 +556,6 @@ def check_comparable(entries: Sequence[Entry], allow: Sequence[str] = ()) -> tup
     if len(kinds) > 1:
         raise LacerError("some of these runs searched with a function as the objective, others with an environment: "
                          "they cannot be compared")
-    objectives = {(e.run.objective.metric, e.run.objective.direction): e.run.place for e in entries}
-    if len(objectives) > 1 and ("env" not in allow or len({d for _, d in objectives}) > 1):
-        raise LacerError("these runs have different objectives: " + ", ".join(
-            f"{metric}, {direction}d in {place}" for (metric, direction), place in objectives.items()))
     entries, notes = list(entries), []
     places = _places(entries)
     if any(e.env for e in entries):  # of one comparison, which says what its environments are
@@ -572,6 +566,10 @@ def check_comparable(entries: Sequence[Entry], allow: Sequence[str] = ()) -> tup
     else:
         groups = [entries]
     for group in groups:
+        objectives = {(e.run.objective.metric, e.run.objective.direction): e.run.place for e in group}
+        if len(objectives) > 1:
+            raise LacerError("these runs have different objectives: " + ", ".join(
+                f"{metric}, {direction}d in {place}" for (metric, direction), place in objectives.items()))
         for word, keys in SAME.items():
             for key in keys:
                 notes += _differ(group, word, key, [e.run.config.get(key) for e in group], allow)

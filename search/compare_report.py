@@ -85,6 +85,8 @@ def statements(compared: Compared) -> list[str]:
         if not compared.pairs[env]:
             out.append(f"{where}A designer with a single search cannot be told from another.")
             continue
+        if single := [n for n in scores if n not in compared.tested(env)]:
+            out.append(f"{where}With a single search each, {', '.join(single)} cannot be told from another.")
         better = [(c, c.better, c.b if c.better == c.a else c.a) for c in compared.pairs[env] if c.better]
         for c, winner, loser in better:
             low, high = sorted((abs(c.low), abs(c.high)))
@@ -92,7 +94,7 @@ def statements(compared: Compared) -> list[str]:
             out.append(f"{where}{winner} is better than {loser}, by {_num(abs(c.difference))} [{_num(low)}, "
                        f"{_num(high)}]; a search with it ends better in {share:.0%} of cases (p = {c.p:.2g}).")
         if not better:
-            seeds = sorted({len(v) for v in scores.values()})
+            seeds = sorted({len(v) for v in compared.tested(env).values()})
             least = compared.least_p(env)
             out.append(f"{where}No designer can be told from another with {'–'.join(map(str, seeds))} seeds." + (
                 f" So few seeds could not have told anything apart: the smallest p that they can give is {least:.2g}. "
@@ -129,7 +131,7 @@ def sections(compared: Compared) -> list[Section]:
         out.append(Section(
             "All environments together", (
                 "Interquartile mean of the normalised final scores with its 95 % stratified bootstrap interval. No "
-                "test is made across environments.",
+                "test is made across environments; tests are corrected within each environment, not across them.",
                 *(f"{env}: {compared.normalised(env)[1]}." for env in compared.envs)),
             ("designer", "interquartile mean [95 %]", "searches"),
             [(r.designer, _interval(r.iqm, r.low, r.high), str(r.searches)) for r in o.itertuples()]))

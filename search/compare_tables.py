@@ -154,16 +154,14 @@ class Compared:
         out = {n: np.array(s[s["designer"] == n]["final_score"].dropna(), float) for n in self.labels}
         return {n: v for n, v in out.items() if len(v)}
 
+    def tested(self, env: str) -> dict[str, Array]:
+        """Final scores of the designers that can be tested: those with several searches that have one."""
+        return {n: v for n, v in self.scores(env).items() if len(v) > 1}
+
     @cached_property
     def pairs(self) -> dict[str, list[Comparison]]:
-        """All pairs of designers by environment; p-values corrected for all pairs of the environment (Holm). Empty
-        where a designer has a single run."""
-        out = {}
-        for env in self.envs:
-            scores = self.scores(env)
-            fit = len(scores) > 1 and all(len(v) > 1 for v in scores.values())
-            out[env] = compare(scores, higher_is_better=self.sign(env) > 0) if fit else []
-        return out
+        """All pairs of designers by environment; p-values corrected for all pairs of the environment (Holm)."""
+        return {env: compare(self.tested(env), higher_is_better=self.sign(env) > 0) for env in self.envs}
 
     @cached_property
     def ranking(self) -> pd.DataFrame:
@@ -185,11 +183,11 @@ class Compared:
 
     def least_p(self, env: str) -> float:
         """The smallest corrected p-value that so many seeds can give; above 0.05 nothing can be told apart."""
-        return least_p([len(v) for v in self.scores(env).values()])
+        return least_p([len(v) for v in self.tested(env).values()])
 
     def seeds_needed(self, env: str) -> int:
         """Seeds per designer from which the corrected test can tell something apart."""
-        groups = len(self.scores(env))
+        groups = len(self.tested(env))
         return next(n for n in range(2, 100) if least_p([n] * groups) < 0.05)
 
     def levels(self, env: str) -> dict[str, float]:
