@@ -300,7 +300,7 @@ def bench(config: BenchConfig, folder: str | Path, *, quiet: bool = False) -> Re
 
     Every run is kept in ``parts/``; more seeds or designers may be asked for later. Writes ``results`` (Parquet, or
     gzip'd CSV where pyarrow is missing), ``curves.csv``, ``quantiles.csv``, ``pairwise.csv``, ``summary.md``,
-    ``summary.json`` and, where matplotlib is installed, ``curves.png``.
+    ``summary.json`` and ``curves.png``.
 
     Raises:
         LacerError: wrong input, before anything is run; the folder holds another comparison.

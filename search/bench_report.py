@@ -33,8 +33,7 @@ def write(result: Result) -> None:
     pd.DataFrame(pairs).to_csv(folder / "pairwise.csv", index=False)
     write_whole(folder / "summary.md", summary(result))
     write_whole(folder / "summary.json", json.dumps(figures(result), indent=1) + "\n")
-    if importlib.util.find_spec("matplotlib"):
-        picture(result)
+    picture(result)
 
 
 def figures(result: Result) -> dict[str, Any]:
