@@ -162,9 +162,10 @@ def _env_sections(compared: Compared, env: str, suffix: str) -> list[Section]:
         what = (f"Final {name} of each search’s winner, trained anew with another seed and evaluated on episodes that "
                 f"took no part in choosing it; {direction} is better. Not the scores that the search chose by.")
     few = min((len(v) for v in compared.scores(env).values()), default=0)
-    narrow = () if few >= 8 else ("Bootstrap intervals of few seeds are too narrow: one of 95 % in name covers the truth "
-                                  "in about 74 % of cases with three seeds, 82 to 91 % with five, 84 to 93 % with eight "
-                                  "(benchmarks/coverage.py). The tests do not have this fault.",)
+    # From benchmarks/coverage.py, as in docs/benchmarks.md.
+    narrow = () if few > 8 or few < 2 else (
+        "Bootstrap intervals of few seeds are too narrow: one of 95 % in name covers the truth in about 73 % of cases "
+        "with three seeds, 90 % with five and 93 % with eight. The tests do not have this fault.",)
     also = [f"{k}: {_num(float(v))}" for k, v in (
         ("doing nothing (or random actions)", s["final_doing_nothing"].astype(float).mean()),
         ("the expert’s encoder, trained the same way", s["final_expert"].astype(float).mean())) if np.isfinite(v)]
