@@ -536,7 +536,7 @@ def test_killed_and_gone_on_with_by_two_at_once(tmp_path: Path, start: Start, la
     """A search that was finished is taken over, the one that was killed goes on; the result is that of one in peace."""
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump({"base": {**BASE, "workers": 1}, "seeds": [0, 1], "designers": {
-        "random": {"designer": "random"}, "evolution": {"designer": "evolution"}}}))
+        "random": {"designer": "random"}, "evolution": {"designer": "evolution"}}}, sort_keys=False))
     whole = lacer("compare", path, "--out", tmp_path / "whole", timeout=300)
     assert whole.returncode == 0, whole.stderr
     assert re.search(r"\[4/4\] evolution-1: winner #\d, final score .*steps/s\]", whole.stderr)
