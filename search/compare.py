@@ -243,7 +243,8 @@ def run_comparison(config: ComparisonConfig, folder: Path, *, resume: bool = Fal
         changes = _check_changes(read_comparison(folder), planned.config)
     try:
         (folder / "locks").mkdir(parents=True, exist_ok=True)
-        with sigterm_as_interrupt():
+        with sigterm_as_interrupt(), (folder / "driver.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH)  # with all others that work on it; `lacer watch` looks at it
             _write_start(planned, folder)
             _Runner(planned, folder, changes, quiet).run()
     except OSError as e:
@@ -441,6 +442,18 @@ def _claimed(path: Path) -> Iterator[bool]:
             yield False
             return
         yield True
+
+
+def is_compared(folder: Path) -> bool:
+    """Whether a process of this machine is working on a comparison."""
+    try:
+        with (folder / "driver.lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def is_finished(folder: Path, config: SearchConfig) -> bool:

@@ -18,8 +18,7 @@ from lacer.search.runs import StoredRun, StoredTrial, StudyReader, read_run, rea
 Say = Callable[[str], None]
 
 IDLE = 15.0
-"""Seconds in which no search of a comparison is running, after which its process is taken to have ended: it may be
-starting workers."""
+"""Seconds in which no process is working on a comparison, after which it is taken to be left: one may be starting."""
 
 
 def watch(place: str, say: Say, *, study_name: str | None = None, interval: float = 1.0,
@@ -74,7 +73,7 @@ def _begun(folder: Path, interval: float, wait: Callable[[float], None]) -> Stor
 
 
 def _watch_comparison(folder: Path, say: Say, interval: float, wait: Callable[[float], None]) -> bool:
-    from lacer.search.compare import is_finished, read_comparison
+    from lacer.search.compare import is_compared, is_finished, read_comparison
 
     searches = read_comparison(folder).searches()
     told, idle = set[str](), 0.0
@@ -92,7 +91,9 @@ def _watch_comparison(folder: Path, say: Say, interval: float, wait: Callable[[f
             if _watch_folder(running.folder(folder), say, interval, wait, f"{running.name}: "):
                 told.add(running.name)
             continue
-        if idle >= IDLE:
+        if is_compared(folder):
+            idle = 0.0
+        elif idle >= IDLE:
             say(f"No process of this machine is working on it; {len(finished)} of {len(searches)} searches are "
                 f"finished. To go on: lacer compare --resume {folder}")
             return False

@@ -35,6 +35,7 @@ from lacer.search.compare import (
     compare_runs,
     find_runs,
     gather,
+    is_compared,
     plan_comparison,
     read_comparison,
     run_comparison,
@@ -543,7 +544,7 @@ def test_killed_and_gone_on_with_by_two_at_once(tmp_path: Path, start: Start, la
     assert "Page:" in whole.stdout
     folder = tmp_path / "killed"
     process = start("compare", path, "--out", folder)
-    end = time.monotonic() + 200
+    end = time.monotonic() + 400
     while not (folder / "runs" / "evolution-0" / "study.db").exists():
         assert time.monotonic() < end
         assert process.poll() is None
@@ -557,6 +558,9 @@ def test_killed_and_gone_on_with_by_two_at_once(tmp_path: Path, start: Start, la
     assert watched.returncode == 1
     assert "No process of this machine is working on it" in watched.stdout
     two = [start("compare", "--resume", folder, "--quiet") for _ in range(2)]
+    while not is_compared(folder):
+        assert time.monotonic() < end
+        time.sleep(0.05)
     follow = start("watch", folder)
     for p in two:
         out, err = p.communicate(timeout=300)
