@@ -84,6 +84,7 @@ def _watch_comparison(folder: Path, say: Say, interval: float, wait: Callable[[f
                 told.add(s.name)
                 say(f"[{len(told)}/{len(searches)}] {s.name}: {_result(read_run(s.folder(folder)))}")
         if len(finished) == len(searches):
+            say(f"All {len(searches)} searches are finished.")
             return True
         running = next((s for s in searches if s not in finished and is_driven(s.folder(folder))), None)
         if running is not None:
