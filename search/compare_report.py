@@ -356,7 +356,7 @@ def _file(compared: Compared, env: str, name: str) -> str:
 def pictures(compared: Compared) -> None:
     """Writes all pictures as SVG and PNG. Raises OSError."""
     colours = {n: (COLOURS[i % len(COLOURS)], "-" if i < len(COLOURS) else "--") for i, n in enumerate(compared.labels)}
-    style = {"font.size": 9.5, "svg.hashsalt": "lacer", "axes.spines.top": False, "axes.spines.right": False,
+    style: Any = {"font.size": 9.5, "svg.hashsalt": "lacer", "axes.spines.top": False, "axes.spines.right": False,
              "legend.frameon": False, "text.parse_math": False}
     with mpl.rc_context(style):
         for env in compared.envs:

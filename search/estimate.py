@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lacer.agents import Cost
 from lacer.envs import LacerError
 from lacer.search.config import SearchConfig, memory_share, own_steps, worker_count
 from lacer.search.designers.base import designer_class
@@ -84,7 +85,7 @@ def measure(plan: Plan, steps: int = MEASURED_STEPS) -> Speed:
     with tempfile.TemporaryDirectory(prefix="lacer-") as folder:
         executor: Executor = InProcess() if c.executor == "inprocess" else ProcessPool(
             workers, Path(folder) / "workers.log", c.timeout, c.memory or memory_share(workers))
-        costs = []
+        costs: list[Cost] = []
         try:
             for i in range(workers):
                 executor.submit(str(i), run_request(c, spec, protocol, c.seed + i))
