@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -163,10 +164,21 @@ class BenchConfig(LLMFields):
 
 Config = TypeVar("Config", bound=BaseModel)
 
+NESTED = ("protocol", "ppo", "limits", "base")
+"""Fields of configurations that are models of their own."""
+
 RESUMABLE = {"candidates", "workers", "timeout", "memory", "max_env_steps", "max_seconds", "max_tokens", "executor",
              "ray_address", "cpus_per_candidate", "gpus_per_candidate", "storage", "ahead", "batch", "wandb",
              "wandb_project", "seeds", *LLMFields.model_fields}
 """Fields that may be changed when a search is resumed; results before and after stay comparable."""
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain data of a configuration with some of its fields changed; nested ones field by field."""
+    out = dict(base)
+    for k, v in over.items():
+        out[k] = merge(out[k], v) if k in NESTED and isinstance(out.get(k), dict) and isinstance(v, dict) else v
+    return out
 
 
 def validate(data: dict[str, Any], where: str) -> SearchConfig:

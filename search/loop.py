@@ -230,11 +230,21 @@ def search(env: str | None = None, *, objective: Callable[[Point], Any] | None =
         raise LacerError("space= as a SearchSpace needs objective=, the function to search with; for an environment "
                          "give options by decision")
     if resume is not None:
-        return _search(resumed(SearchConfig, Path(resume), options), Path(resume), quiet, fresh=False)
-    return _search(validate(options, "search()"), None if out is None else Path(out), quiet, fresh=True)
+        return run_search(resumed(SearchConfig, Path(resume), options), Path(resume), quiet, fresh=False)
+    return run_search(validate(options, "search()"), None if out is None else Path(out), quiet, fresh=True)
 
 
-def _search(config: SearchConfig, folder: Path | None, quiet: bool, fresh: bool) -> SearchResult:
+@dataclass(frozen=True)
+class Shared:
+    """What several searches, one after the other, have in common; whoever made it closes it."""
+
+    executor: Executor
+    display: Display
+
+
+def run_search(config: SearchConfig, folder: Path | None, quiet: bool, fresh: bool,
+               shared: Shared | None = None) -> SearchResult:
+    """:func:`search` of an environment with a checked configuration."""
     if isinstance(config.space, str):  # its content is kept with the run: a file may change before the run is resumed
         config = config.model_copy(update={"space": read_space(config.space)})
     if config.deterministic:  # how many results a proposal knows depends on it
@@ -263,7 +273,7 @@ def _search(config: SearchConfig, folder: Path | None, quiet: bool, fresh: bool)
         folder.mkdir(parents=True, exist_ok=not fresh)
         with only_driver(folder), sigterm_as_interrupt():
             study = _open_study(checked, folder, fresh)
-            return _Driver(checked, designer, study, folder, quiet).run()
+            return _Driver(checked, designer, study, folder, quiet, shared).run()
     except OSError as e:
         raise LacerError(f"cannot write the run folder {folder}: {e.strerror or e}") from None
 
@@ -307,12 +317,28 @@ def _open_study(plan: Plan, folder: Path, fresh: bool) -> StoredStudy:
 @contextlib.contextmanager
 def only_driver(folder: Path) -> Iterator[None]:
     with (folder / "driver.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LacerError(f"another process is working on {folder}; one driver at a time. To use more machines, let "
-                             "it use more workers: --executor ray") from None
+        for last in (False, True):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if last:
+                    raise LacerError(f"another process is working on {folder}; one driver at a time. To use more "
+                                     "machines, let it use more workers: --executor ray") from None
+                time.sleep(0.2)  # `lacer watch` looks at the lock for a moment
         yield
+
+
+def is_driven(folder: Path) -> bool:
+    """Whether a process of this machine is working on a run folder."""
+    try:
+        with (folder / "driver.lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 @contextlib.contextmanager
@@ -371,12 +397,15 @@ def run_request(config: SearchConfig, spec: EncoderSpec | None, protocol: Protoc
 
 
 class _Driver(Listener):
-    def __init__(self, plan: Plan, designer: Designer, study: StoredStudy, folder: Path, quiet: bool) -> None:
+    def __init__(self, plan: Plan, designer: Designer, study: StoredStudy, folder: Path, quiet: bool,
+                 shared: Shared | None = None) -> None:
         self.plan, self.card, self.designer, self.study, self.folder = plan, plan.card, designer, study, folder
         self.config = plan.config
         if plan.config.storage is not None:  # what is shown and logged from here on
             self.config = plan.config.model_copy(update={"storage": without_password(plan.config.storage)})
-        self.display = Display(plan.card, plan.total_steps, quiet, live=not asks_a_person(plan.config))
+        self.shared = shared
+        self.display = shared.display if shared is not None else Display(
+            plan.card, plan.total_steps, quiet, live=not asks_a_person(plan.config))
         if isinstance(designer, TrainingDesigner) and designer.trainer is not None:
             designer.trainer.listener = self._trained
         self.start = time.monotonic()
@@ -398,9 +427,10 @@ class _Driver(Listener):
             say(f"Designer: {self.plan.designer} " + ("" if c.llm else "(no LLM given)"))
         if c.storage is not None and has_password(str(self.plan.config.storage)):
             say("The password in --storage is not kept; give it again to resume, or use PGPASSWORD or ~/.pgpass.")
-        executor = make_executor(c, self.folder / "workers.log")
+        executor = self.shared.executor if self.shared is not None else make_executor(c, self.folder / "workers.log")
         self.trackers: list[TensorBoard | WandB] = [TensorBoard(self.folder / "events")]
         try:
+            self.study.begin(self.before)
             wandb = self._wandb()
             if wandb is not None:
                 self.trackers.append(wandb)
@@ -415,24 +445,32 @@ class _Driver(Listener):
             if wandb is not None:
                 wandb.finish(outcome)
             self._close(0, 60)
+            self.study.end(self.ended)
         except KeyboardInterrupt:
-            executor.close()
-            self.display.close()
+            self._release(executor)
             self._close(255, 0.5)
-            say(f"Stopped. Nothing finished is lost. To go on: lacer search --resume {shlex.quote(str(self.folder))}")
+            if self.shared is None:
+                say(f"Stopped. Nothing finished is lost. To go on: lacer search --resume "
+                    f"{shlex.quote(str(self.folder))}")
             raise
         except LacerError as e:  # the study cannot be written, or the LLM's key is wrong
             self._close(1, 0.5)
+            if self.shared is not None:
+                raise
             raise LacerError(f"{e}\nNothing finished is lost. To go on: lacer search --resume "
                              f"{shlex.quote(str(self.folder))}") from e
         finally:
             self.designer.close()
             with contextlib.suppress(LacerError):  # it has been reported if the study cannot be written
                 self.study.set_attr("seconds", self.seconds)
-            executor.close()
-            self.display.close()
+            self._release(executor)
             self.study.close()
         return SearchResult(self.folder, outcome)
+
+    def _release(self, executor: Executor) -> None:
+        if self.shared is None:
+            executor.close()
+            self.display.close()
 
     def _engine(self, executor: Executor) -> Engine:
         c = self.config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,6 +48,21 @@ class Outcome:
         """Trials, the best first; those without a result last, by number."""
         sign = self.card.objective.signed
         return sorted(self.trials, key=lambda t: (t.objective is None, -sign(t.objective or 0.0), t.number))
+
+    def figures(self) -> dict[str, Any]:
+        """The result as plain data, for scripts. Scores of ``winner`` chose it; those of ``finals`` did not."""
+        winner = next((t for t in self.trials if t.number == self.winner), None)
+        counts = Counter(t.status for t in self.trials)
+        return {
+            "env": self.card.env_id, "metric": self.card.objective.metric, "unit": self.card.objective.unit,
+            "direction": self.card.objective.direction,
+            "winner": None if winner is None else {
+                "number": winner.number, "designer": winner.proposal.designer, "objective": winner.objective,
+                "encoder": winner.spec.to_dict() if winner.spec else None},
+            "finals": {n: {"status": e.status, "objective": e.objective, "reason": e.reason,
+                           "episodes": e.metrics.get(self.card.objective.metric, [])} for n, e in self.finals.items()},
+            "candidates": {s: counts[s] for s in ("ok", "failed", "pruned", "rejected", "running")},
+            "env_steps": sum(t.env_steps for t in self.trials), "seconds": self.seconds, "usage": dict(self.usage)}
 
 
 def total_usage(trials: Iterable[Trial]) -> dict[str, float]:

@@ -50,6 +50,7 @@ class Spark(LLMDesigner):
     """
 
     name: ClassVar[str] = "spark"
+    requests: ClassVar[int] = 3
     paper: ClassVar[str] = "SPARK, 2605.04057"
 
     def __init__(self, seed: int = 0, *, llm: LLMConfig, run_dir: Path | None = None, batch: int = 1,

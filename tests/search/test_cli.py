@@ -61,6 +61,13 @@ def run(args: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, 
     (["search", "--config", "quik"], "did you mean 'quick'"),
     (["search", "--resume", "/does/not/exist"], "is no run"),
     (["search", "--resume", "."], "is no run"),
+    (["search", *ENV, "--dry-run", "--measured-steps", "-1"], "--measured-steps must be at least 0"),
+    (["search", "--resume", "/does/not/exist", "--dry-run"], "--dry-run and --resume exclude each other"),
+    (["watch", "/does/not/exist"], "there is no such folder"),
+    (["watch", "sqlite:////does/not/exist.db"], "there is no study in /does/not/exist.db"),
+    (["watch", ".", "--interval", "0"], "--interval must lie between"),
+    (["export", "/does/not/exist"], "there is no such folder"),
+    (["export", ".", "--out", "x.xlsx"], "must end in .csv, .csv.gz or .parquet"),
     (["evaluate", "/does/not/exist"], "is no agent"),
     (["evaluate", ".", "--episodes", "0"], "--episodes must be at least 1"),
     (["train"], "encoder"),
@@ -141,7 +148,7 @@ def test_lists_have_one_line_each(command: str, expected: str, capsys: pytest.Ca
     assert all(re.match(r"\S+ +\S", line) for line in out.strip().splitlines())
 
 
-@pytest.mark.parametrize("command", ["search", "train", "evaluate"])
+@pytest.mark.parametrize("command", ["search", "compare", "train", "evaluate", "watch", "export"])
 def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run([command, "--help"], capsys)
     assert code == 0
