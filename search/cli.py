@@ -51,6 +51,9 @@ EXAMPLES = {
     "prompt": """examples:
   lacer prompt runs/R 7
   lacer prompt runs/R 7 | less""",
+    "sync": """examples:
+  lacer sync runs/R
+  WANDB_BASE_URL=https://wandb.example.org lacer sync runs/R""",
     "envs": """examples:
   lacer envs
   lacer envs CartPole-v1
@@ -187,6 +190,9 @@ def _parser() -> _Parser:
     p.add_argument("run", metavar="RUN", help="run folder, e.g. runs/R")
     p.add_argument("number", type=int, metavar="N", help="number of the trial, as in #N")
 
+    p = command("sync", "upload what a search logged offline to Weights & Biases")
+    p.add_argument("run", metavar="RUN", help="run folder, e.g. runs/R")
+
     p = command("envs", "list environments, or show one: its sources, actions and objective")
     p.add_argument("env", nargs="?", default=None, metavar="ID", help="environment id; any that Gymnasium knows")
     p.add_argument("--env-kwargs", dest="env_kwargs", type=dict | None, default=None, metavar="JSON",
@@ -226,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.path.append(os.getcwd())
     try:
         {"search": _search, "train": _train, "evaluate": _evaluate, "show": _show, "prompt": _prompt, "envs": _envs,
-         "blocks": _blocks, "designers": _designers, "bench": _bench,
+         "blocks": _blocks, "sync": _sync, "designers": _designers, "bench": _bench,
          "bench-make": _bench_make}[args.command](args[args.command])
     except LacerError as e:
         fail(str(e))
@@ -368,6 +374,12 @@ def _prompt(a: Namespace) -> None:
     from lacer.search.llm.shown import conversation
 
     print(conversation(Path(a.run), a.number))
+
+
+def _sync(a: Namespace) -> None:
+    from lacer.search.wandb_sync import sync
+
+    print(sync(Path(a.run)))
 
 
 def _designers(_: Namespace) -> None:
