@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -47,8 +48,10 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandBServer]:
     out = WandBServer()
     monkeypatch.setenv("WANDB_BASE_URL", out.url)
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    wandb.teardown()  # else the settings of an earlier test hold
     yield out
     out.close()
+    wandb.teardown()
 
 
 def tracker(folder: Path, mode: str = "offline", said: list[str] | None = None, **options: Any) -> WandB:
@@ -188,18 +191,19 @@ def test_online(tmp_path: Path, server: WandBServer) -> None:
 
 def test_an_unreachable_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is logged offline then, and nobody waits for the server but the thread that writes."""
+    wandb.teardown()
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
     outcome, folder = make_outcome(2, failed=0, rejected=0), tmp_path / "run"
     said: list[str] = []
     start = time.monotonic()
-    wandb = tracker(folder, "online", said)
+    to = tracker(folder, "online", said)
     for t in outcome.trials:
-        wandb.trial(t, Totals(None, 0))
-    wandb.finish(outcome, folder, Media())
+        to.trial(t, Totals(None, 0))
+    to.finish(outcome, folder, Media())
     assert time.monotonic() - start < 1
-    wandb.close(0, 60)
+    to.close(0, 60)
     assert len(said) == 1
     assert "cannot be reached" in said[0]
     assert f"lacer sync {folder}" in said[0]
@@ -212,14 +216,17 @@ def test_an_unreachable_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_server_that_goes_away(tmp_path: Path, server: WandBServer) -> None:
     outcome, folder = make_outcome(2, failed=0, rejected=0), tmp_path / "run"
-    wandb = tracker(folder, "online")
-    wandb.trial(outcome.trials[0], Totals(None, 0))
-    while not server.rows.get("theid"):
+    to = tracker(folder, "online")
+    to.trial(outcome.trials[0], Totals(None, 0))
+    for _ in range(600):
+        if "theid" in server.runs:
+            break
         time.sleep(0.1)
+    assert "theid" in server.runs
     server.close()
     start = time.monotonic()
-    wandb.trial(outcome.trials[1], Totals(None, 0))
-    wandb.close(0, 3)
+    to.trial(outcome.trials[1], Totals(None, 0))
+    to.close(0, 3)
     assert time.monotonic() - start < 4
 
 
@@ -251,26 +258,26 @@ def test_no_room_for_its_files(tmp_path: Path) -> None:
 
 def test_long_searches_leak_nothing(tmp_path: Path) -> None:
     outcome, folder = make_outcome(24, failed=0, rejected=0), tmp_path / "run"
-    wandb = tracker(folder, runs="candidate")
+    to = tracker(folder, runs="candidate")
 
     def in_use() -> tuple[int, int, int]:
-        while wandb._work.qsize() or wandb._busy:
+        while to._work.qsize() or to._busy:
             time.sleep(0.02)
         children = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "comm="], capture_output=True, text=True,
                                   check=False).stdout.split()
         return threading.active_count(), len(os.listdir("/proc/self/fd")), children.count("wandb-core")
 
-    wandb.trial(outcome.trials[0], Totals(None, 0))
-    wandb.trial(outcome.trials[1], Totals(None, 0))
+    to.trial(outcome.trials[0], Totals(None, 0))
+    to.trial(outcome.trials[1], Totals(None, 0))
     before, memory = in_use(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for t in outcome.trials[2:]:
-        wandb.trial(t, Totals(None, 0))
+        to.trial(t, Totals(None, 0))
     after = in_use()
     assert after[2] == before[2] == 1
     assert after[0] <= before[0] + 1
     assert after[1] <= before[1] + 3
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 30_000, "kB"
-    wandb.close(0, 60)
+    to.close(0, 60)
     assert all(scan(p).ended for p in log_files(folder))
     assert len(log_files(folder)) == 25
     assert not any(t.name == "wandb" for t in threading.enumerate())

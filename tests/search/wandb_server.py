@@ -100,10 +100,10 @@ class WandBServer:
             self.used.append(v)
             return {"useArtifact": {"artifact": {"id": v.get("artifactID"), "digest": "d", "description": "",
                                                  "state": "COMMITTED", "createdAt": "", "metadata": "{}"}}}
-        if name in ("Viewer", "ViewerWithSettings", "Viewer_Basic") or "iewer" in name:
+        if "iewer" in name:
             return {"viewer": {"id": "V", "entity": "someone", "username": "someone", "flags": "{}", "email": "",
                                "admin": False, "apiKeys": {"edges": []}, "teams": {"edges": []}}}
-        return {}
+        return {"project": None}
 
     def _handler(server) -> type[BaseHTTPRequestHandler]:  # noqa: N805 (self is the handler's)
         class Handler(BaseHTTPRequestHandler):
