@@ -384,7 +384,7 @@ def _show(a: Namespace) -> None:
         raise LacerError(f"--depth must be at least 0, not {a.depth}")
     check_picture(a.out)
     default = str(SearchConfig.model_fields["env"].default)
-    show(*encoder_and_task(a.encoder, a.env, a.env_kwargs, default), a.depth, a.out)
+    show(*encoder_and_task(a.encoder, a.env, a.env_kwargs, default), a.depth, a.out, Path(a.encoder))
 
 
 def _prompt(a: Namespace) -> None:

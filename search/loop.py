@@ -11,6 +11,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -38,7 +39,7 @@ from lacer.search.designers.base import Designer, check_options, designer_class,
 from lacer.search.designers.spark import rates
 from lacer.search.designers.training import TrainingDesigner
 from lacer.search.engine import MAX_REJECTIONS, Budget, Engine, Listener
-from lacer.search.executors import Event, Executor, InProcess, ProcessPool
+from lacer.search.executors import Event, Executor, InProcess, ProcessPool, clean_environment
 from lacer.search.files import read_json, write_config, write_whole
 from lacer.search.outcome import EXPERT, NOOP, WINNER, Outcome, describe_usage, total_usage
 from lacer.search.progress import Display, clock, result_line
@@ -561,6 +562,8 @@ class _Driver(Listener):
 
     def outcome(self, finals: dict[str, Evaluation]) -> Outcome:
         """Everything found so far."""
+        from lacer.search.llm.shown import exchanges  # which needs this module
+
         best = self.study.best
         provenance = read_json(self.folder / "versions.json")
         return Outcome(
@@ -568,7 +571,8 @@ class _Driver(Listener):
             config=self.config.model_dump(mode="json"),
             versions={**provenance["packages"], "platform": provenance["platform"], "git": provenance["git"] or "none"},
             command=f"lacer search --config {shlex.quote(str(self.folder / 'config.yaml'))} --out NEW_FOLDER",
-            seconds=self.seconds, usage=total_usage(self.study.trials) | rates(self.study))
+            seconds=self.seconds, usage=total_usage(self.study.trials) | rates(self.study),
+            prompts=exchanges(self.folder, self.study.trials))
 
     # -- trackers -----------------------------------------------------------------------------------------------------
 
@@ -614,7 +618,34 @@ class _Driver(Listener):
         self.trackers = []
 
     def _media(self) -> Media:
-        return Media()
+        """Records the winner in a process of its own, where its environment can be rendered; a search has no less to
+        show without."""
+        best = self.folder / "best"
+        if not self.config.video or not best.is_dir():
+            return Media()
+        from lacer.agents.video import can_render, check_video
+
+        kwargs = {**self.config.env_kwargs, **self.config.eval_env_kwargs}
+        try:
+            if not can_render(self.config.env, kwargs):
+                return Media()
+            video = best / "video.mp4"
+            try:
+                check_video(video)
+            except LacerError:  # without the extra
+                video = best / "video.gif"
+            job = {"agent": str(best), "video": str(video), "frames": str(best / "frames"),
+                   "seed": self.config.protocol.eval_seed + FINAL_SEEDS}
+            done = subprocess.run([sys.executable, "-P", "-m", "lacer.agents.video", json.dumps(job)],
+                                  env=clean_environment(), capture_output=True, text=True, timeout=600, check=False)
+            if done.returncode:
+                raise LacerError((done.stderr.strip().splitlines() or ["it was killed"])[-1])
+            frames = json.loads(done.stdout.splitlines()[-1])["frames"]
+        except (LacerError, OSError, ValueError, subprocess.TimeoutExpired) as e:
+            self.display.say(f"No video of the winner: {str(e)[:300]}")
+            return Media()
+        self.display.say(f"Video of the winner: {video}")
+        return Media(video, {source: tuple(map(Path, paths)) for source, paths in frames.items()})
 
 
 def _tell(tracker: Tracker, trial: Trial, totals: Totals) -> None:

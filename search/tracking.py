@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lacer.agents import Evaluation
+from lacer.search.drawing import clean
 from lacer.search.outcome import Outcome
 from lacer.search.study import Trial
 
@@ -114,7 +115,7 @@ class TensorBoard:
         # SummaryWriter.add_hparams does this in a further event file, in a folder named after the time.
         from torch.utils.tensorboard.summary import hparams
 
-        given = {"designer": trial.proposal.designer, **{f"decisions.{k}": v if isinstance(v, str | bool | int | float)
+        given = {"designer": clean(trial.proposal.designer), **{f"decisions.{k}": v if isinstance(v, str | bool | int | float)
                                                          else str(v) for k, v in decisions(trial).items()}}
         for summary in hparams(given, {key(self._metric): trial.objective}):
             writer.file_writer.add_summary(summary)

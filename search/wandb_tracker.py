@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
-from lacer.search.drawing import encoder_svg
+from lacer.search.drawing import clean, encoder_svg
 from lacer.search.outcome import WINNER, Outcome
 from lacer.search.study import Trial
 from lacer.search.tracking import Media, Totals, decisions, key, scalars
@@ -53,10 +53,10 @@ class WandB:
                  name: str, run_id: str, config: Mapping[str, Any], designer: str, metric: str,
                  say: Callable[[str], None]) -> None:
         self._folder, self._mode, self._runs, self._id, self._metric = folder, mode, runs, run_id, metric
-        self._project, self._group, self._name, self._say = project, group, name, say
-        self._config = {**config, "designer": designer, "comparison": group}
-        self._tags = [designer[:64], f"seed-{config['seed']}", str(config["env"])[:64]]
-        self._designer = designer
+        self._project, self._group, self._name, self._say = project, clean(group), clean(name), say
+        self._config = {**_plain(config), "designer": clean(designer), "comparison": self._group}
+        self._tags = [clean(designer)[:64], f"seed-{config['seed']}", clean(config["env"])[:64]]
+        self._designer = clean(designer)
         self._run: Any = None
         self._step = 0
         self._logged: set[int] = set()
@@ -139,12 +139,12 @@ class WandB:
             settings["init_timeout"] = 30
         return wandb.init(
             project=self._project, id=run_id, name=name, group=self._group, job_type=kind, tags=self._tags,
-            resume="allow", dir=str(self._folder), mode=self._mode, config=dict(config),  # type: ignore[arg-type]
+            resume="allow", dir=str(self._folder), mode=self._mode, config=_plain(config),  # type: ignore[arg-type]
             settings=wandb.Settings(**settings))
 
     def _log(self, row: Mapping[str, Any]) -> None:
         # Steps of our own go on over the sessions of a resumed search, also where no server knows the last one.
-        self._run.log(dict(row), step=self._step)
+        self._run.log(_plain(row), step=self._step)
         self._step += 1
 
     def _log_trial(self, trial: Trial, totals: Totals) -> None:
@@ -171,8 +171,8 @@ class WandB:
         for step, value in trial.evaluation.curve if trial.evaluation is not None else []:
             run.log({"train/return": value, "env_steps": step})
         run.log(values)
-        run.summary.update({"status": trial.status, "ncode": trial.ncode, "reason": trial.reason[:500],
-                            "rationale": trial.proposal.rationale[:2000]})
+        run.summary.update({"status": trial.status, "ncode": trial.ncode, "reason": clean(trial.reason)[:500],
+                            "rationale": clean(trial.proposal.rationale)[:2000]})
         run.finish(0 if trial.status == "ok" else 1)
 
     def _log_outcome(self, outcome: Outcome, folder: Path, media: Media) -> None:
@@ -217,13 +217,13 @@ class WandB:
             probes = e.probes if e else {}
             expected = t.proposal.meta.get("expected")
             table.add_data(
-                t.number, t.status, t.proposal.designer, t.objective, e.mean_return if e else None,
+                t.number, t.status, clean(t.proposal.designer), t.objective, e.mean_return if e else None,
                 e.cost.parameters if e else None, e.cost.env_steps if e else None, e.cost.total_seconds if e else None,
                 float(expected) if isinstance(expected, int | float) else None,
                 *(spec.sources[s].block if spec and s in spec.sources else "" for s in sources),
                 spec.fusion.block if spec else "",
                 *(probes.get(s, {}).get("linear_probe") for s in (*sources, "fused")),
-                t.proposal.rationale, t.reason, t.ncode, spec.to_json() if spec else "")
+                clean(t.proposal.rationale), clean(t.reason), t.ncode, spec.to_json() if spec else "")
         return table
 
     def _artifacts(self, outcome: Outcome, best: Trial, folder: Path) -> None:
@@ -231,7 +231,7 @@ class WandB:
 
         assert best.spec is not None
         task = key(outcome.card.env_id.split("/")[-1])
-        about = {"env": outcome.card.env_id, "trial": best.number, "designer": best.proposal.designer,
+        about = {"env": outcome.card.env_id, "trial": best.number, "designer": clean(best.proposal.designer),
                  "seed": self._config["seed"], "encoder_hash": best.spec.hash, self._metric: best.objective}
         encoder = wandb.Artifact(f"{task}-encoder", "encoder", metadata=about)
         with encoder.new_file("encoder.json", encoding="utf-8") as f:
@@ -261,6 +261,15 @@ class WandB:
             if time.monotonic() > end:
                 raise OSError(f"{left[0]} is not complete; is the disk full?")
             time.sleep(0.05)
+
+
+def _plain(data: Any) -> Any:
+    """Data whose texts can be written as UTF-8: a model or an environment may say anything."""
+    if isinstance(data, str):
+        return clean(data)
+    if isinstance(data, Mapping):
+        return {clean(k): _plain(v) for k, v in data.items()}
+    return [_plain(v) for v in data] if isinstance(data, list | tuple) else data
 
 
 def wandb_mode(wanted: str) -> str:
