@@ -1,4 +1,4 @@
-"""A video of a trained agent: the environment's pictures, the texts that the agent reads, and what its action depends on.
+"""A video of a trained agent: the environment's pictures, the texts that it reads, and what its action depends on.
 
 Importance of a source at a moment is its permutation importance (Breiman 2001; Fisher et al. 2019): the source's
 observation is replaced by one of another moment, drawn from this and further episodes, and the Kullback-Leibler
@@ -216,8 +216,14 @@ def write_video(path: Path, agent: Agent, episode: Episode, fps: float | None = 
 
 
 def _write_gif(path: Path, draw: Callable[[int], Image.Image], n: int, fps: float) -> None:
-    # One palette for all: pictures of their own would flicker, and be larger.
-    palette = draw(n // 2).quantize(128)
+    from PIL import Image
+
+    # One palette for all, from five of them: palettes of their own would flicker, and make a larger file.
+    some = [draw(i) for i in sorted({0, n // 4, n // 2, 3 * n // 4, n - 1})]
+    sheet = Image.new("RGB", (some[0].width, some[0].height * len(some)))
+    for k, picture in enumerate(some):
+        sheet.paste(picture, (0, k * picture.height))
+    palette = sheet.quantize(192)
     frames = (draw(i).quantize(palette=palette, dither=0) for i in range(n))
     next(frames).save(path, save_all=True, append_images=frames, duration=round(1000 / fps), loop=0, optimize=False)
 
@@ -267,7 +273,8 @@ def _painter(agent: Agent, episode: Episode) -> Callable[[int], Image.Image]:
         image.paste(frame, ((wide - width * zoom) // 2, 0))
         pen = ImageDraw.Draw(image)
         pen.line((0, high, wide, high), fill=line)
-        pen.text((20, high + 10), f"step {i + 1} of {n}    return so far {sum(episode.rewards[:i + 1]):.2f}", soft, small)
+        so_far = sum(episode.rewards[:i + 1])
+        pen.text((20, high + 10), f"step {i + 1} of {n}    return so far {so_far:.2f}", soft, small)
         y = high + 32
         for t in texts:
             for k, words in enumerate(rows[i][t]):
@@ -309,7 +316,7 @@ def save_frames(folder: Path, agent: Agent, episode: Episode) -> dict[str, list[
 
     out: dict[str, list[Path]] = {}
     steps = np.unique(np.linspace(0, len(episode.observations) - 1, FRAMES).round().astype(int))
-    for k, (name, s) in enumerate((n, s) for n, s in agent.card.sources.items() if s.modality == "image"):
+    for k, name in enumerate(n for n, s in agent.card.sources.items() if s.modality == "image"):
         for step in steps:
             x = episode.observations[step][name]
             x = x[..., -3:] if x.shape[2] >= 3 else np.repeat(x[..., -1:], 3, 2)  # the latest of a stack

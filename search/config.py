@@ -171,7 +171,8 @@ Config = TypeVar("Config", bound=BaseModel)
 
 RESUMABLE = {"candidates", "workers", "timeout", "memory", "max_env_steps", "max_seconds", "max_tokens", "executor",
              "ray_address", "cpus_per_candidate", "gpus_per_candidate", "storage", "ahead", "batch", "wandb",
-             "wandb_project", "wandb_runs", "wandb_group", "video", "seeds", *(f for f in SearchConfig.model_fields if f.startswith("llm"))}
+             "wandb_project", "wandb_runs", "wandb_group", "video",
+             "seeds", *(f for f in SearchConfig.model_fields if f.startswith("llm"))}
 """Fields that may be changed when a search is resumed; results before and after stay comparable."""
 
 

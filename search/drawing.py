@@ -487,8 +487,8 @@ def scatter_plot(points: Sequence[tuple[int, float, float]], x_label: str, y_lab
     f.add(f'<path class="zero" d="M{f.px(both[0])} {f.py(both[0])}L{f.px(both[1])} {f.py(both[1])}"/>')
     for n, x, y in points:
         f.add(f'<a href="#trial-{n}"><circle class="{"winner" if n == winner else "other"} mean" cx="{f.px(x)}" '
-              f'cy="{f.py(y)}" r="{5 if n == winner else 3.5}"/><title>#{n}: {esc(x_label)} {number(x)}, {esc(y_label)} '
-              f"{number(y)}</title></a>")
+              f'cy="{f.py(y)}" r="{5 if n == winner else 3.5}"/><title>#{n}: {esc(x_label)} {number(x)}, '
+              f"{esc(y_label)} {number(y)}</title></a>")
     return f.svg(f"{y_label} against {x_label}")
 
 
@@ -500,8 +500,9 @@ def bars_plot(values: Mapping[str, float], label: str) -> str:
     for i, (name, v) in enumerate(values.items()):
         y = 8 + row * i
         w = (width - left - 56) * max(0.0, v) / top
-        out.append(f'<text class="value" x="{left - 10}" y="{y + 14}" text-anchor="end">{esc(_fit(name, left - 14))}'
-                   f'</text><rect class="bar-mark" x="{left}" y="{y + 3}" width="{max(1.0, w):.1f}" height="15" rx="3"/>'
+        out.append(f'<text class="value" x="{left - 10}" y="{y + 14}" text-anchor="end">'
+                   f"{esc(_fit(name, left - 14))}</text>"
+                   f'<rect class="bar-mark" x="{left}" y="{y + 3}" width="{max(1.0, w):.1f}" height="15" rx="3"/>'
                    f'<text class="value" x="{left + w + 8:.1f}" y="{y + 14}">{v:.0%}</text>')
     return (f'<svg xmlns="http://www.w3.org/2000/svg" class="plot" viewBox="0 0 {width} {16 + row * len(values)}" '
             f'role="img" aria-label="{esc(label)}">{"".join(out)}</svg>')

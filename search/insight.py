@@ -19,7 +19,7 @@ from lacer.search.study import Trial
 ENOUGH = 10
 """Trials with a result below which importances are not estimated."""
 TREES = 16
-PROMPT_BYTES = 1_500_000
+PROMPT_BYTES = 800_000
 """Most that the prompts may add to a report."""
 
 
@@ -45,7 +45,7 @@ def decision_importance(trials: Sequence[Trial]) -> Importance | None:
     a block are chosen only where it is, too seldom for an estimate.
 
     Returns:
-        None with fewer than :data:`ENOUGH` results, without differences between them, or without a decision that varies.
+        None with fewer than :data:`ENOUGH` results, without differences between them, or without a varying decision.
     """
     done = [t for t in trials if t.objective is not None and math.isfinite(t.objective) and t.proposal.point]
     if len(done) < ENOUGH or len({t.objective for t in done}) < 2:
@@ -58,7 +58,8 @@ def decision_importance(trials: Sequence[Trial]) -> Importance | None:
         return None
     import optuna
 
-    kinds = {d: optuna.distributions.CategoricalDistribution([repr(o) for o in options]) for d, options in tried.items()}
+    kinds = {d: optuna.distributions.CategoricalDistribution([repr(o) for o in options])
+             for d, options in tried.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         study = optuna.create_study(storage=optuna.storages.InMemoryStorage(), study_name="importance")

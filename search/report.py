@@ -289,7 +289,7 @@ def _progress(outcome: Outcome, best: Trial | None) -> dict[str, Markup]:
 def _candidates(outcome: Outcome, best: Trial | None) -> list[dict[str, Any]]:
     """Rows of the table with what they open to, the best first."""
     card, by_number = outcome.card, {t.number: t for t in outcome.trials}
-    room = max(500, min(6000, 400_000 // max(1, len(outcome.trials))))
+    room = max(500, min(6000, 300_000 // max(1, len(outcome.trials))))
     values = [t.objective for t in outcome.trials if t.objective is not None]
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     out = []

@@ -115,8 +115,9 @@ class TensorBoard:
         # SummaryWriter.add_hparams does this in a further event file, in a folder named after the time.
         from torch.utils.tensorboard.summary import hparams
 
-        given = {"designer": clean(trial.proposal.designer), **{f"decisions.{k}": v if isinstance(v, str | bool | int | float)
-                                                         else str(v) for k, v in decisions(trial).items()}}
+        given = {"designer": clean(trial.proposal.designer)} | {
+            f"decisions.{k}": v if isinstance(v, str | bool | int | float) else str(v)
+            for k, v in decisions(trial).items()}
         for summary in hparams(given, {key(self._metric): trial.objective}):
             writer.file_writer.add_summary(summary)
 

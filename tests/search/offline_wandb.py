@@ -57,7 +57,8 @@ def read(folder: Path, run: str = "*") -> dict[str, Any]:
                 out["summary"] |= {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in r.summary.update}
             elif r.HasField("artifact"):
                 a = r.artifact
-                out["artifacts"].append((a.name, a.type, a.use_after_commit, sorted(e.path for e in a.manifest.contents)))
+                files = sorted(e.path for e in a.manifest.contents)
+                out["artifacts"].append((a.name, a.type, a.use_after_commit, files))
             elif r.HasField("metric"):
                 out["axes"][r.metric.name or r.metric.glob_name] = r.metric.step_metric
             elif r.HasField("exit"):

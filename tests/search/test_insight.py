@@ -57,7 +57,8 @@ def test_predictions() -> None:
     trials = make_outcome(4, failed=0, rejected=0).trials
     scored = with_scores(trials, [0.1, 0.2, 0.3, 0.4])
     said = [None, 0.3, 0.2, 0.5]
-    told = tuple(replace(t, proposal=replace(t.proposal, meta={"expected": x})) for t, x in zip(scored, said, strict=True))
+    told = tuple(replace(t, proposal=replace(t.proposal, meta={"expected": x}))
+                 for t, x in zip(scored, said, strict=True))
     found = predictions(told)
     assert found is not None
     assert found.points == ((1, 0.3, 0.2), (2, 0.2, 0.3), (3, 0.5, 0.4))
@@ -68,12 +69,13 @@ def test_predictions() -> None:
     assert predictions(scored) is None
     odd = replace(told[0], proposal=replace(told[0].proposal, meta={"expected": float("nan")}))
     assert predictions((odd,)) is None
-    assert "3 predictions: off by 0.1" in plain(render_report(replace(make_outcome(4, failed=0, rejected=0), trials=told)))
+    page = render_report(replace(make_outcome(4, failed=0, rejected=0), trials=told))
+    assert "3 predictions: off by 0.1" in plain(page)
 
 
 def test_prompts_are_packed_whole_or_left_out() -> None:
     same = [("request: system", f"Rules.\n{HOSTILE}"), ("request: user", "\n".join(map(str, range(500))))]
-    text, kept = pack_prompts({n: same for n in range(200)}, range(200))
+    text, kept = pack_prompts(dict.fromkeys(range(200), same), range(200))
     assert kept == set(range(200))
     assert len(text) < 30_000, "a line is kept once"
     data = json.loads(gzip.decompress(base64.b64decode(text)))

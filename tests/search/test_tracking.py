@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import wandb
 import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import wandb
 from lacer.envs import LacerError
 from lacer.search.outcome import Outcome
 from lacer.search.tracking import Media, TensorBoard, Totals, decisions, key, scalars
@@ -119,7 +119,8 @@ def test_every_row_table_and_artifact_is_there(tmp_path: Path) -> None:
         assert r[at["score"]] == t.objective
         assert r[at["status"]] == t.status
         assert json.loads(r[at["encoder"]] or "null") == (t.spec.to_dict() if t.spec else None)
-    artifacts = {name: (kind, used, files) for name, kind, used, files in got["artifacts"] if not name.startswith("run-")}
+    artifacts = {name: (kind, used, files) for name, kind, used, files in got["artifacts"]
+                 if not name.startswith("run-")}
     assert artifacts == {
         "KnownSources-v0-encoder": ("encoder", True, ["encoder.json"]),
         "KnownSources-v0-policy": ("policy", False, ["agent.json", "encoder.json", "policy.safetensors"])}

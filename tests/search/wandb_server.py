@@ -91,7 +91,8 @@ class WandBServer:
         if name == "CreateArtifactFiles":
             files = v.get("artifactFiles") or v.get("input", {}).get("artifactFiles") or []
             return {"createArtifactFiles": {"files": {"edges": [{"node": {
-                "id": f"F{i}", "name": f["name"], "displayName": f["name"], "uploadHeaders": [], "storagePath": f["name"],
+                "id": f"F{i}", "name": f["name"], "displayName": f["name"], "uploadHeaders": [],
+                "storagePath": f["name"],
                 "uploadUrl": f"{self.url}/upload/{f['artifactID']}/{f['name']}", "uploadMultipartUrls": None,
                 "artifact": {"id": f["artifactID"]}}} for i, f in enumerate(files)]}}}
         if name == "CommitArtifact":
@@ -105,7 +106,7 @@ class WandBServer:
                                "admin": False, "apiKeys": {"edges": []}, "teams": {"edges": []}}}
         return {"project": None}
 
-    def _handler(server) -> type[BaseHTTPRequestHandler]:  # noqa: N805 (self is the handler's)
+    def _handler(server) -> type[BaseHTTPRequestHandler]:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
