@@ -51,7 +51,7 @@ def scan(path: Path) -> Scan:
 
 def _records(data: bytes) -> Iterator[Any]:
     from google.protobuf.message import DecodeError
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
     place, parts = 7, b""
     while place + _HEAD <= len(data):

@@ -19,6 +19,7 @@ from lacer.agents import Agent, PPOConfig, Protocol, RunRequest, load, run, vide
 from lacer.agents.video import FRAMES, check_video, importance, main, play, save_frames, write_video
 from lacer.encoders import EncoderSpec, list_blocks
 from lacer.envs import LacerError, make, task_card
+from lacer.search.cli import main as cli
 
 ENV = "tests.agents.test_video:Lamp-v0"
 
@@ -131,6 +132,22 @@ def test_what_gives_no_video(agent: Agent, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(Lamp, "metadata", {"render_modes": []})
     with pytest.raises(LacerError, match="Lamp-v0 cannot be rendered"):
         play(agent, seed=0)
+
+
+def test_on_the_command_line(agent: Agent, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                             monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lacer.agents.load", lambda folder, env_kwargs=None: agent, raising=False)
+    gif = tmp_path / "v.gif"
+    cli(["evaluate", "any", "--episodes", "2", "--seed", "5", "--video", str(gif), "--json"])
+    out = json.loads(capsys.readouterr().out)
+    assert out["video"] == str(gif)
+    assert set(out["importance"]) == set(agent.spec.sources)
+    with Image.open(gif) as picture:
+        assert picture.n_frames == 12  # type: ignore[attr-defined]
+    monkeypatch.setattr(Lamp, "metadata", {"render_modes": []})
+    with pytest.raises(SystemExit):
+        cli(["evaluate", "any", "--video", str(gif)])
+    assert "it has no render mode rgb_array" in capsys.readouterr().err
 
 
 def test_in_a_process_of_its_own(agent: Agent, tmp_path: Path, capsys: pytest.CaptureFixture[str],

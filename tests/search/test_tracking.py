@@ -190,6 +190,7 @@ def test_online(tmp_path: Path, server: WandBServer) -> None:
         sync(folder)
 
 
+@pytest.mark.slow
 def test_an_unreachable_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is logged offline then, and nobody waits for the server but the thread that writes."""
     wandb.teardown()
@@ -245,6 +246,7 @@ print(json.dumps([said, time.monotonic() - start]))
 """
 
 
+@pytest.mark.slow
 def test_no_room_for_its_files(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     done = subprocess.run([sys.executable, "-c", FULL.format(path=sys.path, folder=str(folder))], capture_output=True,
