@@ -29,9 +29,9 @@ class WandB:
 
     The run of the search has a row per trial over ``trial``, every candidate's learning curve over ``env_steps``, and
     at the end a table of all candidates, pictures, and the best encoder and policy as artifacts: the run uses the
-    encoder and makes the policy, which is how W&B's lineage graph connects them. With ``runs="candidate"`` each candidate has a
-    run of its own too, whose configuration holds its decisions. All runs of a search share the group (the comparison),
-    are tagged with designer and seed, and have both in their configuration.
+    encoder and makes the policy, which is how W&B's lineage graph connects them. With ``runs="candidate"`` each
+    candidate has a run of its own too, whose configuration holds its decisions. All runs of a search share the group
+    (the comparison), are tagged with designer and seed, and have both in their configuration.
 
     Calls return at once: a thread writes. So an unreachable server holds nothing up; if it cannot be reached at the
     start, the files are written offline, to be uploaded with ``lacer sync``.
