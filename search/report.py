@@ -306,7 +306,8 @@ def _candidates(outcome: Outcome, best: Trial | None) -> list[dict[str, Any]]:
             "share": 100 * (1 - good if card.objective.direction == "minimize" else good),
             "reason": _cut(t.reason, room), "rationale": _cut(p.rationale, room), "designer": _cut(p.designer, 40),
             "usage": describe_usage(t.usage) if t.usage.get("requests") else "",
-            "meta": [(_cut(k, 40), _cut(number(v, 4) if isinstance(v, float) else v, 200)) for k, v in list(p.meta.items())[:40] if k not in USAGE
+            "meta": [(_cut(k, 40), _cut(number(v, 4) if isinstance(v, float) else v, 200))
+                     for k, v in list(p.meta.items())[:40] if k not in USAGE
                      and (isinstance(v, int | float) or (isinstance(v, str) and 0 < len(v) <= 200))][:8],
             "metrics": {_cut(k, 60): float(np.mean(v)) for k, v in list(e.metrics.items())[:12] if v} if e else {},
             "parent": parent.number if parent else None,
