@@ -418,11 +418,11 @@ class _Driver(Listener):
         except KeyboardInterrupt:
             executor.close()
             self.display.close()
-            self._close(255, 5)
+            self._close(255, 1)
             say(f"Stopped. Nothing finished is lost. To go on: lacer search --resume {shlex.quote(str(self.folder))}")
             raise
         except LacerError as e:  # the study cannot be written, or the LLM's key is wrong
-            self._close(1, 5)
+            self._close(1, 1)
             raise LacerError(f"{e}\nNothing finished is lost. To go on: lacer search --resume "
                              f"{shlex.quote(str(self.folder))}") from e
         finally:
