@@ -63,7 +63,8 @@ EXAMPLES = {
   lacer train --encoder my_encoder.json --config quick --steps 50000 --out agents/mine""",
     "evaluate": """examples:
   lacer evaluate runs/R/best --episodes 20
-  lacer evaluate runs/R/best --episodes 50 --seed 7 --json""",
+  lacer evaluate runs/R/best --episodes 50 --seed 7 --json
+  lacer evaluate runs/R/best --episodes 1 --video traffic.mp4""",
     "show": """examples:
   lacer show runs/R/best
   lacer show my_encoder.json --env lacer/KnownSources-v0 --out picture.svg""",
@@ -80,6 +81,9 @@ EXAMPLES = {
     "prompt": """examples:
   lacer prompt runs/R 7
   lacer prompt runs/R 7 | less""",
+    "sync": """examples:
+  lacer sync runs/R
+  WANDB_BASE_URL=https://wandb.example.org lacer sync runs/R""",
     "envs": """examples:
   lacer envs
   lacer envs CartPole-v1
@@ -232,6 +236,8 @@ def _parser() -> _Parser:
     p.add_argument("--env-kwargs", dest="env_kwargs", type=dict | None, default=None, metavar="JSON",
                    help="environment arguments that differ from the training")
     p.add_argument("--json", action="store_true", help="print JSON")
+    p.add_argument("--video", default=None, metavar="FILE", help="also record the first episode, with the texts that "
+                   "the agent reads and what its actions depend on, as .mp4 (needs lacer[video]) or .gif")
 
     p = command("show", "show an encoder: its modules with shapes, parameters and FLOPs, and a picture")
     p.add_argument("encoder", metavar="FILE", help="encoder.json, or an agent folder")
@@ -245,6 +251,9 @@ def _parser() -> _Parser:
     p = command("prompt", "show what the language model saw and said for a trial of a search")
     p.add_argument("run", metavar="RUN", help="run folder, e.g. runs/R")
     p.add_argument("number", type=int, metavar="N", help="number of the trial, as in #N")
+
+    p = command("sync", "upload what a search logged offline to Weights & Biases")
+    p.add_argument("run", metavar="RUN", help="run folder, e.g. runs/R")
 
     p = command("envs", "list environments, or show one: its sources, actions and objective")
     p.add_argument("env", nargs="?", default=None, metavar="ID", help="environment id; any that Gymnasium knows")
@@ -285,7 +294,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.path.append(os.getcwd())
     try:
         {"search": _search, "compare": _compare, "train": _train, "evaluate": _evaluate, "watch": _watch,
-         "export": _export, "show": _show, "prompt": _prompt, "envs": _envs, "blocks": _blocks,
+         "export": _export, "sync": _sync, "show": _show, "prompt": _prompt, "envs": _envs, "blocks": _blocks,
          "designers": _designers, "bench": _bench, "bench-make": _bench_make}[args.command](args[args.command])
         sys.stdout.flush()
     except LacerError as e:
@@ -505,18 +514,29 @@ def _evaluate(a: Namespace) -> None:
     from lacer.agents import load
     from lacer.agents.ppo import evaluate
     from lacer.agents.stats import mean_interval
+    from lacer.agents.video import can_render, check_video, play, write_video
 
     if a.episodes < 1:
         raise LacerError(f"--episodes must be at least 1, not {a.episodes}")
+    if a.video is not None:
+        check_video(Path(a.video))
     agent = load(a.agent, a.env_kwargs)
     r = agent.request
     kwargs = {**r.env_kwargs, **r.eval_env_kwargs, **(a.env_kwargs or {})}
+    if a.video is not None and not can_render(r.env, kwargs):
+        raise LacerError(f"{r.env} cannot be rendered: it has no render mode rgb_array, so there is no video of it")
     protocol = r.protocol.model_copy(update={"eval_episodes": a.episodes, "eval_seed": a.seed})
     episodes = evaluate(agent.policy, agent.card, agent.table, r.env, kwargs, protocol)
     rows = {"return": episodes.returns, **episodes.metrics}
     stats = {k: mean_interval(v) for k, v in rows.items()}
+    importance: dict[str, float] = {}
+    if a.video is not None:
+        episode = play(agent, seed=a.seed, env_kwargs=a.env_kwargs)
+        write_video(Path(a.video), agent, episode)
+        importance = {k: float(v.mean()) for k, v in episode.importance.items()}
     if a.json:
-        print(json.dumps({"agent": str(a.agent), "episodes": a.episodes, "seed": a.seed,
+        shown = {} if a.video is None else {"video": a.video, "importance": importance}
+        print(json.dumps({"agent": str(a.agent), "episodes": a.episodes, "seed": a.seed, **shown,
                           "metrics": {k: dict(zip(("mean", "iqm", "low", "high"), v, strict=True))
                                       for k, v in stats.items()}}))
         return
@@ -524,6 +544,9 @@ def _evaluate(a: Namespace) -> None:
     print(f"{r.env}, {a.episodes} episodes from seed {a.seed}: mean, interquartile mean, 95 % bootstrap interval")
     for k, (mean, iqm, low, high) in stats.items():
         print(f"  {k:24} {mean:10.3f} {iqm:10.3f}  [{low:.3f}, {high:.3f}] {unit.get(k, '')}")
+    if a.video is not None:
+        print(f"Video: {a.video} (seed {a.seed}). Change of its actions when a source shows another moment, nats:")
+        print("  " + ", ".join(f"{k} {v:.2f}" for k, v in sorted(importance.items(), key=lambda x: -x[1])))
 
 
 def _list(rows: dict[str, str]) -> None:
@@ -564,13 +587,19 @@ def _show(a: Namespace) -> None:
         raise LacerError(f"--depth must be at least 0, not {a.depth}")
     check_picture(a.out)
     default = str(SearchConfig.model_fields["env"].default)
-    show(*encoder_and_task(a.encoder, a.env, a.env_kwargs, default), a.depth, a.out)
+    show(*encoder_and_task(a.encoder, a.env, a.env_kwargs, default), a.depth, a.out, Path(a.encoder))
 
 
 def _prompt(a: Namespace) -> None:
     from lacer.search.llm.shown import conversation
 
     print(conversation(Path(a.run), a.number))
+
+
+def _sync(a: Namespace) -> None:
+    from lacer.search.wandb_sync import sync
+
+    print(sync(Path(a.run)))
 
 
 def _designers(_: Namespace) -> None:

@@ -132,10 +132,13 @@ class Search:
         return comparison / "runs" / self.name
 
     def placed(self, comparison: Path) -> SearchConfig:
-        """Its configuration with a name of its own in a shared database."""
-        if self.config.storage is None:
-            return self.config
-        return self.config.model_copy(update={"study_name": f"{comparison.name}/{self.name}"})
+        """Its configuration with a name of its own in a shared database, in W&B's group of the comparison."""
+        update: dict[str, Any] = {}
+        if self.config.storage is not None:
+            update["study_name"] = f"{comparison.name}/{self.name}"
+        if self.config.wandb_group is None:
+            update["wandb_group"] = comparison.name
+        return self.config.model_copy(update=update)
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,13 @@ class SearchConfig(LLMFields):
     wandb: Literal["auto", "online", "offline", "off"] = Field(
         "auto", description="Weights & Biases; auto: online if logged in, else offline")
     wandb_project: str = Field("lacer", description="Weights & Biases project")
+    wandb_runs: Literal["search", "candidate"] = Field(
+        "search", description="one W&B run for the search, or one for each candidate too, whose configuration holds "
+                              "its decisions")
+    wandb_group: str | None = Field(None, description="W&B group, e.g. the comparison that the search belongs to; "
+                                                      "default: the run folder's name")
+    video: bool = Field(True, description="record an episode of the winner in best/, where the environment can be "
+                                          "rendered")
 
 
 COMMON = {"env", "env_kwargs", "eval_env_kwargs", "seed", "workers", "protocol", "timeout", "memory", "executor",
@@ -169,7 +176,7 @@ NESTED = ("protocol", "ppo", "limits", "base")
 
 RESUMABLE = {"candidates", "workers", "timeout", "memory", "max_env_steps", "max_seconds", "max_tokens", "executor",
              "ray_address", "cpus_per_candidate", "gpus_per_candidate", "storage", "ahead", "batch", "wandb",
-             "wandb_project", "seeds", *LLMFields.model_fields}
+             "wandb_project", "wandb_runs", "wandb_group", "video", "seeds", *LLMFields.model_fields}
 """Fields that may be changed when a search is resumed; results before and after stay comparable."""
 
 

@@ -32,6 +32,8 @@ class Outcome:
         seconds: wall time so far.
         usage: what the LLM took, as :attr:`Trial.usage` names it, summed by :func:`total_usage`, and the rates of
             SPARK's edits; empty without an LLM.
+        prompts: what a language model was asked for a trial and what it replied, by the trial's number: pairs of a
+            title (step and role) and a text.
     """
 
     card: TaskCard
@@ -43,6 +45,7 @@ class Outcome:
     command: str
     seconds: float
     usage: Mapping[str, float] = field(default_factory=dict)
+    prompts: Mapping[int, tuple[tuple[str, str], ...]] = field(default_factory=dict)
 
     def ranked(self) -> list[Trial]:
         """Trials, the best first; those without a result last, by number."""

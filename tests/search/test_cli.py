@@ -37,6 +37,9 @@ def run(args: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, 
     (["search", *ENV, "--env-kwargs", '{"sorces": ["noise"]}'], "does not take these arguments"),
     (["search", *ENV, "--env-kwargs", '{"sources": ["positon"]}'], "did you mean 'position'"),
     (["search", *ENV, "--designer", "evolutoin"], "did you mean 'evolution'"),
+    (["search", *ENV, "--wandb-runs", "both"], "wandb_runs"),
+    (["sync", "runs/nothing"], "runs/nothing is no run"),
+    (["evaluate", "runs/nothing", "--video", "out.avi"], "the name of a video ends in .gif or .mp4"),
     (["search", *ENV, "--candidates", "0"], "--candidates: Input should be greater than or equal to 1"),
     (["search", *ENV, "--candidates", "-5"], "--candidates"),
     (["search", *ENV, "--candidates", "many"], "candidates"),
@@ -148,7 +151,7 @@ def test_lists_have_one_line_each(command: str, expected: str, capsys: pytest.Ca
     assert all(re.match(r"\S+ +\S", line) for line in out.strip().splitlines())
 
 
-@pytest.mark.parametrize("command", ["search", "compare", "train", "evaluate", "watch", "export"])
+@pytest.mark.parametrize("command", ["search", "compare", "train", "evaluate", "watch", "export", "sync"])
 def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run([command, "--help"], capsys)
     assert code == 0
