@@ -46,6 +46,16 @@ class Rows:
     def __len__(self) -> int:
         return len(self.reward)
 
+    @classmethod
+    def joined(cls, parts: Sequence[Rows]) -> Rows:
+        """One after the other."""
+        def join(xs: list[np.ndarray]) -> np.ndarray:
+            return np.concatenate(xs)
+
+        return cls({k: join([p.obs[k] for p in parts]) for k in parts[0].obs},
+                   {k: join([p.state[k] for p in parts]) for k in parts[0].state if all(k in p.state for p in parts)},
+                   join([p.reward for p in parts]), join([p.returns for p in parts]), join([p.groups for p in parts]))
+
     def some(self, n: int) -> Rows:
         """At most ``n`` of them, drawn once and for all so that no period of the task is met, in their order."""
         if len(self) <= n:
@@ -240,6 +250,8 @@ class Probing(BaseCallback):
         self._points = sorted({round(share * protocol.steps) for share in protocol.probe_at})
         self._states: list[list[dict[str, Any]]] = []
         self._last: list[dict[str, Any]] = []
+        self._kept: list[Rows] = []
+        self._episodes: Any = 0
 
     def _on_training_start(self) -> None:
         if self._points:
@@ -263,16 +275,20 @@ class Probing(BaseCallback):
     def _on_rollout_end(self) -> None:
         steps = self.num_timesteps
         last, due = steps >= self.protocol.steps, bool(self._points) and steps >= self._points[0]
+        start = time.monotonic()
+        if self._points and steps + self.protocol.probe_rows > self._points[0]:
+            self._kept.append(self._rows())
         if not last and not due:
             return
-        start = time.monotonic()
         gradient = gradients(self.model) if "gradient" in self.needs else {}
         if last:
             self.gradient = gradient
         if due:
             self._points = [p for p in self._points if p > steps]
             needs = self.needs if self.protocol.stop_dead is None else self.needs | {"layers"}
-            sample = take(self.model.policy, self._rows(), needs, gradient)
+            rows = Rows.joined(self._kept).some(self.protocol.probe_rows)
+            self._kept = []
+            sample = take(self.model.policy, rows, needs, gradient)
             self.curve.append((steps, measure(sample, self.protocol.probes)))
             self.seconds += time.monotonic() - start
             self._stop(sample, steps)
@@ -299,17 +315,19 @@ class Probing(BaseCallback):
         return measure(sample, p.probes)
 
     def _rows(self) -> Rows:
-        """The rollout just collected."""
+        """The rollout just collected, copied."""
         buffer: Any = self.model.rollout_buffer  # type: ignore[attr-defined]
         size, envs = buffer.buffer_size, buffer.n_envs
-        groups = np.cumsum(buffer.episode_starts, 0) + 1e6 * np.arange(envs)
+        episodes = self._episodes + np.cumsum(buffer.episode_starts, 0)
+        self._episodes = episodes[-1]
+        groups = episodes + 1e9 * np.arange(envs)
 
         def flat(x: np.ndarray) -> np.ndarray:
-            return x.reshape(size * envs, *x.shape[2:])
+            return x.reshape(size * envs, *x.shape[2:]).copy()
 
         return Rows({k: flat(v) for k, v in buffer.observations.items()},
                     _states([s for row in self._states for s in row]), flat(buffer.rewards), flat(buffer.returns),
-                    flat(groups)).some(self.protocol.probe_rows)
+                    flat(groups))
 
     def _stop(self, sample: Sample, steps: int) -> None:
         p = self.protocol

@@ -13,7 +13,7 @@ from lacer.agents.probes.similarity import of_pairs
 NEIGHBOURS = 4
 COMPONENTS = 5
 """Principal components that stand for the features: with more, the estimate is far too low."""
-ROWS = 512
+ROWS = 256
 """At most; time and memory grow with their square."""
 _SAME = 1e-6
 """Distance, in standard deviations of the first component, below which two points are one."""
