@@ -211,6 +211,23 @@ def test_a_permuted_policy_is_shown_another_moment() -> None:
     np.testing.assert_allclose(only.predict(rows.obs)[0], policy.predict(shown, deterministic=True)[0], atol=1e-6)
 
 
+def test_the_truth_in_small() -> None:
+    """What benchmarks/probe_truth.py asks with more sources and seeds: use, redundancy."""
+    used = ("position", "trend", "echo", "noise")
+    encoder = {"sources": {n: {"block": "cnn" if n == "trend" else "mlp", "width": 16} for n in used},
+               "fusion": {"block": "concat", "width": 32}}
+    ppo = PPOConfig(n_envs=16, n_steps=16, batch_size=128, n_epochs=4, learning_rate=3e-3, gamma=0.01, gae_lambda=0.0,
+                    log_std_init=-1.0)
+    p = run(RunRequest(env=ENV, env_kwargs={"sources": used, "relevant": used[:2]}, encoder=encoder, text_model="hash",
+                       protocol=Protocol(steps=2048, eval_episodes=16, ppo=ppo))).probes
+    for name in ("permuted_action", "mi_action", "linear_probe"):
+        assert min(p[s][name] for s in used[:2]) > 2 * p["noise"].get(name, 0.0), name
+    assert p["trend"]["unique_r2"] > 0.3 > 3 * max(p[s]["unique_r2"] for s in ("position", "echo", "noise"))
+    for name in ("redundancy", "mi_redundancy"):
+        others = [p[a][f"{name}/{b}"] for a in used for b in used if a < b and {a, b} != {"position", "echo"}]
+        assert p["position"][f"{name}/echo"] > 2 * max(others), name
+
+
 # -- hopeless runs -----------------------------------------------------------------------------------------------------
 
 
