@@ -18,7 +18,7 @@ from stable_baselines3.common.logger import Logger
 from lacer.agents.checkpoint import save_agent
 from lacer.agents.evaluation import Cost, Evaluation, PPOConfig, Protocol, RunRequest
 from lacer.agents.policy import CompositeExtractor, CompositePolicy, policy_kwargs
-from lacer.agents.probes import probe
+from lacer.agents.probing import Hopeless, Probing
 from lacer.agents.vec import EncoderVecEnv
 from lacer.encoders import EncoderSpec, TextTable
 from lacer.envs import LacerError, TaskCard, task_card
@@ -155,41 +155,53 @@ def _run(request: RunRequest, card: TaskCard, spec: EncoderSpec | None, table: T
     cost = Cost()
     model: PPO | None = None
     curve: list[tuple[int, float]] = []
+    probing = Probing(protocol)
     if spec is not None:
         # SB3's seeding covers the model; torch must be seeded before the encoder is built, which PPO does with `seed`.
         env = EncoderVecEnv(make_vec(request.env, protocol.ppo.n_envs, request.env_kwargs, seed=request.seed,
                                      start_method=start_method), card, table)
+        hopeless = ""
         try:
             model = make_model(spec, card, table, env, protocol, request.seed)
             progress = Progress(report, protocol.steps)
             start = time.monotonic()
-            model.learn(protocol.steps, callback=progress)
+            model.learn(protocol.steps, callback=[progress, probing])
             progress.check()
+        except Hopeless as e:
+            hopeless = str(e)
         finally:
             close_vec(env)
         curve = progress.curve
+        assert model is not None
         encoder = _encoder(model)
-        cost.train_seconds = time.monotonic() - start
+        cost.probe_seconds = probing.seconds
+        cost.train_seconds = time.monotonic() - start - probing.seconds
         cost.env_steps = model.num_timesteps
         cost.steps_per_second = model.num_timesteps / cost.train_seconds
         cost.parameters_by_module = encoder.parameters_by_module()
         cost.parameters = sum(p.numel() for p in model.policy.parameters() if p.requires_grad)
+        if hopeless:
+            return Evaluation(status="pruned", reason=hopeless, curve=curve, probe_curve=probing.curve, cost=cost,
+                              seed=request.seed)
     start = time.monotonic()
-    episodes = evaluate(model, card, table, request.env, {**request.env_kwargs, **request.eval_env_kwargs}, protocol,
-                        start_method)
+    eval_kwargs = {**request.env_kwargs, **request.eval_env_kwargs}
+    episodes = evaluate(model, card, table, request.env, eval_kwargs, protocol, start_method)
     cost.env_steps += len(episodes.rows["reward"])
     cost.eval_seconds = time.monotonic() - start
     objective = float(np.mean(episodes.metrics[card.objective.metric]))
     result = Evaluation(
         objective=objective, mean_return=float(np.mean(episodes.returns)),
-        returns=episodes.returns, metrics=episodes.metrics, episode_seeds=episodes.seeds, curve=curve, cost=cost,
-        seed=request.seed)
+        returns=episodes.returns, metrics=episodes.metrics, episode_seeds=episodes.seeds, curve=curve,
+        probe_curve=probing.curve, cost=cost, seed=request.seed)
     if not np.isfinite([*episodes.returns, objective]).all():
         return Evaluation.failure("the evaluation's return or metric is not finite", request.seed, cost=cost)
     if model is not None:
         start = time.monotonic()
-        result.probes = _probe(model, episodes)
-        cost.probe_seconds = time.monotonic() - start
+        result.probes = probing.at_the_end(model.policy, episodes, lambda policy, n: evaluate(
+            policy, card, table, request.env, eval_kwargs, protocol.model_copy(update={"eval_episodes": n}),
+            start_method))
+        cost.env_steps += probing.steps
+        cost.probe_seconds += time.monotonic() - start
         if request.save_to is not None:
             assert spec is not None
             save_agent(request.save_to, model.policy, spec, card, table, request, result)
@@ -271,21 +283,3 @@ def evaluate(model: Any, card: TaskCard, table: TextTable, env_id: str, env_kwar
         for key, v in metrics.items():
             out.metrics.setdefault(key, []).append(v)
     return out
-
-
-@torch.no_grad()
-def _probe(model: PPO, episodes: Episodes) -> dict[str, dict[str, float]]:
-    encoder = _encoder(model)
-    rows = episodes.rows
-    names = list(rows["obs"][0])
-    features: dict[str, list[np.ndarray]] = {}
-    model.policy.set_training_mode(False)
-    for start in range(0, len(rows["obs"]), 256):
-        part = rows["obs"][start:start + 256]
-        obs = {k: torch.as_tensor(np.stack([o[k] for o in part]), device=model.device).float() for k in names}
-        parts = encoder.encode(obs)
-        for name, f in parts.items():
-            features.setdefault(name, []).append(f.vector.cpu().numpy())
-        features.setdefault("fused", []).append(encoder.fusion(parts).cpu().numpy())
-    state = {k: np.array([s[k] for s in rows["state"]]) for k in rows["state"][0]}
-    return probe({k: np.concatenate(v) for k, v in features.items()}, state, np.array(rows["episode"]))

@@ -549,7 +549,9 @@ class Column:
 
 
 def heat_map(columns: Sequence[Column], rows: Mapping[str, str], label: str) -> str:
-    """Values from 0 to 1 by row and candidate; ``rows`` maps names to a CSS class. Blank: no value."""
+    """Values from 0 to 1, or to the largest above that, by row and candidate; ``rows`` maps names to a CSS class.
+    Blank: no value."""
+    top = max([1.0, *(v for c in columns for v in c.values.values() if v is not None and math.isfinite(v))])
     left, size = 88, 24
     step = max(6.0, min(46.0, 1000 / max(1, len(columns))))
     width, bottom = left + step * len(columns) + 4, size * len(rows) + 6
@@ -565,7 +567,7 @@ def heat_map(columns: Sequence[Column], rows: Mapping[str, str], label: str) -> 
             if v is None or not math.isfinite(v):
                 cells.append(f'<path class="blank" d="M{x + step / 2 - 1.5:.1f} {i * size + 12}h3"/>')
                 continue
-            level = min(1.0, max(0.0, v))
+            level = max(0.0, v) / top
             tooltip = esc(_fit(f"{c.title}, {name}", 900))
             cells.append(f'<rect class="cell" x="{x:.1f}" y="{i * size + 1}" width="{step - 1:.1f}" '
                          f'height="{size - 2}" fill-opacity="{0.05 + 0.95 * level:.2f}"><title>{tooltip}: '

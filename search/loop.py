@@ -558,7 +558,8 @@ class _Driver(Listener):
             finals.pop(WINNER, None)
             self.study.set_attr("final_trial", best.number)
         protocol = c.protocol.model_copy(update={"steps": c.final_steps, "eval_episodes": c.final_episodes,
-                                                 "eval_seed": c.protocol.eval_seed + FINAL_SEEDS})
+                                                 "eval_seed": c.protocol.eval_seed + FINAL_SEEDS,
+                                                 "stop_rank": None, "stop_dead": None})
         expert_won = best.ncode == self.plan.space.to_ncode(self.plan.expert)
         fresh = self.folder / "best.new"
         jobs: dict[str, RunRequest] = {}

@@ -131,7 +131,8 @@ def test_page_shows_everything(tmp_path: Path) -> None:
     assert best.spec is not None
     for expected in (headline(outcome), CARD.env_id, "Final comparison", "The expert’s encoder", "Learning curves",
                      "diverged: NaN in fusion", "not JSON", "lacer search --env", best.spec.hash, "51,200",
-                     "2000000–2000019", *MEANING.values(), *(t.ncode for t in outcome.trials)):
+                     "2000000–2000019", *(t.ncode for t in outcome.trials),
+                     *(MEANING[p] for p in ("effective_rank", "linear_probe", "redundancy"))):
         assert expected in text, expected
     for t in outcome.trials:
         assert f'id="trial-{t.number}"' in page
