@@ -8,6 +8,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Status = Literal["ok", "failed", "pruned"]
+Shortcut = Literal["fused_adam", "channels_last", "halves", "overlap", "bf16"]
+"""Ways to train faster whose numbers differ from the plain ones; see :class:`lacer.agents.learner.CompositePPO`."""
 
 
 class PPOConfig(BaseModel):
@@ -31,6 +33,8 @@ class PPOConfig(BaseModel):
                                              "noise in every step; for continuous actions")
     sde_sample_freq: int = Field(-1, ge=-1, description="steps after which gSDE draws new noise; -1: once a rollout")
     log_std_init: float = Field(-0.7, description="initial log standard deviation of a continuous policy")
+    shortcuts: tuple[Shortcut, ...] = Field((), description="ways to train faster whose numbers differ from the plain "
+                                            "ones: fused_adam, channels_last, halves, overlap, bf16")
 
 
 class Protocol(BaseModel):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib import metadata
 from typing import Any
 
@@ -17,18 +17,16 @@ from stable_baselines3.common.logger import Logger
 
 from lacer.agents.checkpoint import save_agent
 from lacer.agents.evaluation import Cost, Evaluation, PPOConfig, Protocol, RunRequest
+from lacer.agents.learner import CompositePPO, Diverged
 from lacer.agents.policy import CompositeExtractor, CompositePolicy, policy_kwargs
 from lacer.agents.probes import probe
+from lacer.agents.rollout import SourceRolloutBuffer
 from lacer.agents.vec import EncoderVecEnv
 from lacer.encoders import EncoderSpec, TextTable
 from lacer.envs import LacerError, TaskCard, task_card
 from lacer.envs.vec import StartMethod, close_vec, make_vec
 
 Report = Callable[[dict[str, Any]], None]
-
-
-class Diverged(Exception):
-    """Training produced NaN or infinite numbers."""
 
 
 def versions() -> dict[str, str]:
@@ -47,13 +45,25 @@ def versions() -> dict[str, str]:
 def make_model(spec: EncoderSpec, card: TaskCard, table: TextTable, env: Any, protocol: Protocol, seed: int) -> PPO:
     """SB3's PPO with the composite encoder as features extractor."""
     p = protocol.ppo
-    return make_ppo(CompositePolicy, policy_kwargs(spec, card, table, p.head, p.log_std_init), env, p, seed)
+    return make_ppo(CompositePolicy, policy_kwargs(spec, card, table, p.head, p.log_std_init), env, p, seed,
+                    sources=spec.sources)
 
 
-def make_ppo(policy: type[CompositePolicy], arguments: dict[str, Any], env: Any, p: PPOConfig, seed: int) -> PPO:
-    """SB3's PPO as configured. torch is seeded before the policy is built."""
-    model = PPO(
-        policy, env,
+def make_ppo(policy: type[CompositePolicy], arguments: dict[str, Any], env: Any, p: PPOConfig, seed: int, *,
+             sources: Collection[str] | None = None) -> CompositePPO:
+    """SB3's PPO as configured. torch is seeded before the policy is built.
+
+    Args:
+        sources: those that rollouts keep for the updates; None: all.
+    """
+    if "fused_adam" in p.shortcuts:
+        arguments = {**arguments, "optimizer_kwargs": {"eps": 1e-5, "fused": True}}  # eps as in SB3
+    if "bf16" in p.shortcuts:
+        arguments = {**arguments, "features_extractor_kwargs": {**arguments["features_extractor_kwargs"], "bf16": True}}
+    model = CompositePPO(
+        policy, env, halves="halves" in p.shortcuts, overlap="overlap" in p.shortcuts,
+        rollout_buffer_class=SourceRolloutBuffer,
+        rollout_buffer_kwargs={"sources": sources, "channels_last": "channels_last" in p.shortcuts},
         n_steps=p.n_steps, batch_size=min(p.batch_size, p.n_steps * p.n_envs), n_epochs=p.n_epochs,
         learning_rate=p.learning_rate, gamma=p.gamma, gae_lambda=p.gae_lambda, clip_range=p.clip_range,
         ent_coef=p.ent_coef, vf_coef=p.vf_coef, max_grad_norm=p.max_grad_norm,

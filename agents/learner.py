@@ -1,0 +1,278 @@
+"""PPO as in Stable-Baselines3, without what a run does not need, and with shortcuts that can be switched on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import DictRolloutBufferSamples
+from stable_baselines3.common.utils import obs_as_tensor
+from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class Diverged(Exception):
+    """Training produced NaN or infinite numbers."""
+
+
+class _Step(NamedTuple):
+    infos: list[dict[str, Any]]
+    dones: np.ndarray
+
+
+class CompositePPO(PPO):
+    """SB3's PPO, extended at its two hooks, ``collect_rollouts`` and ``train``.
+
+    Without shortcuts every number is that of SB3's own loop: the same operations in the same order, without copies of
+    observations, checks of distributions and figures for a log that nobody reads. It ends at the first loss, gradient
+    or action that is not finite.
+
+    Args:
+        halves: minibatches are cut into as many parts as torch has threads, and their gradients, computed side by side,
+            are added up: sums are taken in another order. Encoders that draw random numbers or count statistics while
+            they train (dropout, batch normalisation) are not cut.
+        overlap: the next rollout is played while the parameters are updated, with those from before the update, so the
+            data is one update old (Huang et al. 2023, arXiv 2310.00036, section 3.2). Not for encoders that draw random
+            numbers while they train; those play in turn.
+        others: see SB3's ``PPO``.
+
+    Raises:
+        Diverged: in ``learn``, as soon as a loss, a gradient or an action is not finite.
+    """
+
+    def __init__(self, *args: Any, halves: bool = False, overlap: bool = False, **kwargs: Any) -> None:
+        self.halves, self.overlap = halves, overlap
+        self._plain: bool | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._ahead: Future[list[_Step]] | None = None
+        self._actor: ActorCriticPolicy | None = None
+        super().__init__(*args, **kwargs)
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        self._parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        self._spare: RolloutBuffer | None = None
+
+    def learn(self, *args: Any, **kwargs: Any) -> Any:
+        with _unchecked_distributions():
+            try:
+                return super().learn(*args, **kwargs)
+            finally:
+                self._finish()
+
+    # -- rollouts -----------------------------------------------------------------------------------------------------
+
+    def collect_rollouts(self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer,
+                         n_rollout_steps: int) -> bool:
+        callback.on_rollout_start()
+        if self._ahead is not None:
+            steps = self._ahead.result()
+            self._ahead = None
+            self.rollout_buffer, self._spare = cast(RolloutBuffer, self._spare), self.rollout_buffer
+            for infos, dones in steps:
+                if not self._count(env, callback, infos, dones):
+                    return False
+        else:
+            self._begin(self.policy, env, rollout_buffer)
+            for n in range(n_rollout_steps):
+                infos, dones = self._step(self.policy, env, rollout_buffer, n)
+                if not self._count(env, callback, infos, dones):
+                    return False
+            self._end(self.policy, rollout_buffer)
+        callback.on_rollout_end()
+        if self.overlap and self.num_timesteps < self._total_timesteps and self.plain:
+            self._play_ahead(env, n_rollout_steps)
+        return True
+
+    def _count(self, env: VecEnv, callback: BaseCallback, infos: list[dict[str, Any]], dones: np.ndarray) -> bool:
+        self.num_timesteps += env.num_envs
+        callback.update_locals(locals())
+        if not callback.on_step():
+            return False
+        self._update_info_buffer(infos, dones)
+        return True
+
+    def _begin(self, policy: ActorCriticPolicy, env: VecEnv, buffer: RolloutBuffer) -> None:
+        assert self._last_obs is not None
+        policy.set_training_mode(False)
+        buffer.reset()
+        if self.use_sde:
+            policy.reset_noise(env.num_envs)
+
+    def _step(self, policy: ActorCriticPolicy, env: VecEnv, buffer: RolloutBuffer, n: int) -> _Step:
+        if self.use_sde and self.sde_sample_freq > 0 and n % self.sde_sample_freq == 0:
+            policy.reset_noise(env.num_envs)
+        with torch.no_grad():
+            drawn, values, log_probs = policy(obs_as_tensor(cast(Any, self._last_obs), self.device))
+        actions = taken = drawn.cpu().numpy()
+        if not math.isfinite(float(log_probs.sum())):
+            raise Diverged(f"the distribution of the actions is not finite after {self.num_timesteps} steps")
+        if isinstance(self.action_space, spaces.Box):
+            taken = np.clip(actions, self.action_space.low, self.action_space.high)
+        obs, rewards, dones, infos = env.step(taken)
+        for i in np.flatnonzero(dones):  # a truncated episode would have gone on: its value stands for the rest
+            if infos[i].get("TimeLimit.truncated", False) and infos[i].get("terminal_observation") is not None:
+                last = policy.obs_to_tensor(infos[i]["terminal_observation"])[0]
+                with torch.no_grad():
+                    rewards[i] += (self.gamma * policy.predict_values(last)[0]).item()
+        buffer.add(cast(Any, self._last_obs), actions, rewards, cast(Any, self._last_episode_starts), values, log_probs)
+        self._last_obs, self._last_episode_starts = cast(Any, obs), dones
+        return _Step(list(infos), dones)
+
+    def _end(self, policy: ActorCriticPolicy, buffer: RolloutBuffer) -> None:
+        with torch.no_grad():
+            values = policy.predict_values(obs_as_tensor(cast(Any, self._last_obs), self.device))
+        buffer.compute_returns_and_advantage(last_values=values, dones=cast(Any, self._last_episode_starts))
+
+    def _play_ahead(self, env: VecEnv, n_steps: int) -> None:
+        """Starts the next rollout in a thread, with a copy of the policy as it is now."""
+        if self._actor is None:
+            state = torch.get_rng_state()
+            self._actor = self.policy_class(
+                self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde,
+                **self.policy_kwargs).to(self.device)
+            torch.set_rng_state(state)
+            self._spare = self.rollout_buffer_class(  # type: ignore[misc]
+                self.n_steps, cast(Any, self.observation_space), self.action_space, device=self.device,
+                gamma=self.gamma, gae_lambda=self.gae_lambda, n_envs=self.n_envs, **self.rollout_buffer_kwargs)
+        actor, buffer = self._actor, cast(RolloutBuffer, self._spare)
+        with torch.no_grad():
+            for mine, theirs in zip(actor.state_dict().values(), self.policy.state_dict().values(), strict=True):
+                mine.copy_(theirs)
+
+        def play() -> list[_Step]:
+            self._begin(actor, env, buffer)
+            steps = [self._step(actor, env, buffer, n) for n in range(n_steps)]
+            self._end(actor, buffer)
+            return steps
+
+        self._ahead = self._threads(1).submit(play)
+
+    # -- updates ------------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        if self.target_kl is not None or self.clip_range_vf is not None:
+            return super().train()
+        self.policy.set_training_mode(True)
+        optimizer = self.policy.optimizer
+        self._update_learning_rate(optimizer)
+        clip_range = cast(Any, self.clip_range)(self._current_progress_remaining)
+        threads = torch.get_num_threads() if self.halves and self.device.type == "cpu" and self.plain else 1
+        with _threads_each(1 if threads > 1 else None):
+            for _ in range(self.n_epochs):
+                for batch in self.rollout_buffer.get(self.batch_size):
+                    optimizer.zero_grad()
+                    loss = self._gradient(cast(DictRolloutBufferSamples, batch), clip_range, threads)
+                    norm = nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm)
+                    if not math.isfinite(loss) or not math.isfinite(float(norm)):
+                        what = "gradient" if math.isfinite(loss) else "loss"
+                        raise Diverged(f"NaN or infinite {what} in an update after {self.num_timesteps} steps")
+                    optimizer.step()
+                self._n_updates += 1
+        self.logger.record("train/loss", loss)
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def _gradient(self, batch: DictRolloutBufferSamples, clip_range: float, threads: int) -> float:
+        """Puts PPO's gradient into the parameters' ``grad``; returns the loss."""
+        advantages = batch.advantages
+        if self.normalize_advantage and len(advantages) > 1:
+            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        if threads == 1 or len(advantages) < 2 * threads:
+            loss = self._loss(batch, advantages, clip_range)
+            loss.backward()
+            return loss.item()
+        n = len(advantages)
+        edges = [n * i // threads for i in range(threads + 1)]
+
+        def part(start: int, end: int) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+            rows = DictRolloutBufferSamples(
+                {k: v[start:end] for k, v in batch.observations.items()}, *(x[start:end] for x in batch[1:]))
+            loss = self._loss(rows, advantages[start:end], clip_range) * ((end - start) / n)
+            return loss.detach(), torch.autograd.grad(loss, self._parameters, allow_unused=True)
+
+        others = [self._threads(threads).submit(part, a, b) for a, b in zip(edges[1:-1], edges[2:], strict=True)]
+        loss, gradients = part(*edges[:2])
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter.grad = gradient
+        for other in others:
+            more, gradients = other.result()
+            loss = loss + more
+            for parameter, gradient in zip(self._parameters, gradients, strict=True):
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        return loss.item()
+
+    def _loss(self, batch: DictRolloutBufferSamples, advantages: Tensor, clip_range: float) -> Tensor:
+        """Eq. 9 of Schulman et al. 2017, in the order of SB3's operations."""
+        actions = batch.actions.long().flatten() if isinstance(self.action_space, spaces.Discrete) else batch.actions
+        values, log_prob, entropy = self.policy.evaluate_actions(cast(Any, batch.observations), actions)
+        ratio = torch.exp(log_prob - batch.old_log_prob)
+        gain = torch.min(advantages * ratio, advantages * torch.clamp(ratio, 1 - clip_range, 1 + clip_range))
+        bonus = torch.mean(-log_prob) if entropy is None else torch.mean(entropy)
+        return (-gain.mean() + self.ent_coef * -bonus
+                + self.vf_coef * nn.functional.mse_loss(batch.returns, values.flatten()))
+
+    # -- threads ------------------------------------------------------------------------------------------------------
+
+    @property
+    def plain(self) -> bool:
+        """Whether the network in training is a function of its input alone, row by row: no dropout, no statistics."""
+        if self._plain is None:
+            self._plain = not any(isinstance(m, _BatchNorm) for m in self.policy.modules())
+            if self._plain:
+                obs = obs_as_tensor(cast(Any, self._last_obs), self.device)
+                state = torch.get_rng_state()
+                self.policy.set_training_mode(True)
+                with torch.no_grad():
+                    self.policy.extract_features(cast(Any, obs))
+                self._plain = torch.equal(state, torch.get_rng_state())
+                torch.set_rng_state(state)
+        return self._plain
+
+    def _threads(self, n: int) -> ThreadPoolExecutor:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(n + 1, initializer=torch.set_num_threads, initargs=(1,))
+        return self._pool
+
+    def _finish(self) -> None:
+        if self._ahead is not None:
+            self._ahead.exception()
+            self._ahead = None
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+
+@contextmanager
+def _unchecked_distributions() -> Iterator[None]:
+    """torch checks the parameters and values of every distribution; a sum tells the same."""
+    before = torch.distributions.Distribution._validate_args
+    torch.distributions.Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(before)
+
+
+@contextmanager
+def _threads_each(n: int | None) -> Iterator[None]:
+    """torch works with so many threads meanwhile; None: as it does."""
+    before = torch.get_num_threads()
+    if n is not None:
+        torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        if n is not None:
+            torch.set_num_threads(before)
