@@ -45,12 +45,20 @@ class Protocol(BaseModel):
     steps: int = Field(10_000, ge=1, description="environment steps of training per candidate")
     eval_episodes: int = Field(10, ge=1, description="evaluation episodes, on held-out seeds, greedy actions")
     eval_seed: int = Field(1_000_000, ge=0, description="seed of the first evaluation episode; the others follow")
+    checkpoint_every: int = Field(0, ge=0, description="steps after which a training is saved, to go on from there if "
+                                                       "its process is killed, and begins new episodes; 0: never")
     ppo: PPOConfig = PPOConfig()
 
 
 class RunRequest(BaseModel):
     """One PPO run: train the encoder, evaluate, probe. ``encoder=None`` evaluates "do nothing" (or random actions
-    where the task has no such action) without training."""
+    where the task has no such action) without training.
+
+    Attributes:
+        save_to: folder for the trained agent; None: it is not kept.
+        checkpoint: file that holds how far the training is, from which it goes on, and which is gone when the run has
+            ended; used if the protocol says ``checkpoint_every``.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -62,6 +70,7 @@ class RunRequest(BaseModel):
     seed: int = 0
     text_model: str = "all-MiniLM-L6-v2"
     save_to: str | None = None
+    checkpoint: str | None = None
 
 
 class Call(BaseModel):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -20,6 +21,10 @@ from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from lacer.agents.policy import CompositePolicy
+
+T = TypeVar("T")
 
 
 class Diverged(Exception):
@@ -39,9 +44,9 @@ class CompositePPO(PPO):
     or action that is not finite.
 
     Args:
-        halves: minibatches are cut into as many parts as torch has threads, and their gradients, computed side by side,
-            are added up: sums are taken in another order. Encoders that draw random numbers or count statistics while
-            they train (dropout, batch normalisation) are not cut.
+        parts: the encoder works on minibatches in so many parts, side by side, in threads of their own, and the parts'
+            gradients are added up: sums are taken in another order. Encoders that draw random numbers or count
+            statistics while they train (dropout, batch normalisation) work on whole minibatches.
         overlap: the next rollout is played while the parameters are updated, with those from before the update, so the
             data is one update old (Huang et al. 2023, arXiv 2310.00036, section 3.2). Not for encoders that draw random
             numbers while they train; those play in turn.
@@ -51,8 +56,8 @@ class CompositePPO(PPO):
         Diverged: in ``learn``, as soon as a loss, a gradient or an action is not finite.
     """
 
-    def __init__(self, *args: Any, halves: bool = False, overlap: bool = False, **kwargs: Any) -> None:
-        self.halves, self.overlap = halves, overlap
+    def __init__(self, *args: Any, parts: int = 1, overlap: bool = False, **kwargs: Any) -> None:
+        self.parts, self.overlap = parts, overlap
         self._plain: bool | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._ahead: Future[list[_Step]] | None = None
@@ -168,7 +173,7 @@ class CompositePPO(PPO):
         optimizer = self.policy.optimizer
         self._update_learning_rate(optimizer)
         clip_range = cast(Any, self.clip_range)(self._current_progress_remaining)
-        threads = torch.get_num_threads() if self.halves and self.device.type == "cpu" and self.plain else 1
+        threads = self.parts if self.parts > 1 and self.device.type == "cpu" and self.plain else 1
         with _threads_each(1 if threads > 1 else None):
             for _ in range(self.n_epochs):
                 for batch in self.rollout_buffer.get(self.batch_size):
@@ -185,38 +190,44 @@ class CompositePPO(PPO):
 
     def _gradient(self, batch: DictRolloutBufferSamples, clip_range: float, threads: int) -> float:
         """Puts PPO's gradient into the parameters' ``grad``; returns the loss."""
+        obs = cast(dict[str, Tensor], batch.observations)
+        n = len(batch.advantages)
+        if threads == 1 or n < 2 * threads:
+            loss = self._loss(self.policy.extract_features(cast(Any, obs)), batch, clip_range)
+            loss.backward()
+            return loss.item()
+        # The encoder works in parts, the small heads and the loss on the whole minibatch.
+        weights = [p for p in self.policy.features_extractor.parameters() if p.requires_grad]
+        edges = [n * i // threads for i in range(threads + 1)]
+
+        def forward(start: int, end: int) -> Tensor:
+            return cast(Tensor, self.policy.extract_features(cast(Any, {k: v[start:end] for k, v in obs.items()})))
+
+        def backward(part: Tensor, gradient: Tensor) -> tuple[Tensor | None, ...]:
+            return torch.autograd.grad(part, weights, gradient, allow_unused=True)
+
+        parts = self._side_by_side(forward, [(a, b) for a, b in pairwise(edges)])
+        features = torch.cat(parts).detach().requires_grad_()
+        loss = self._loss(features, batch, clip_range)
+        loss.backward()
+        assert features.grad is not None
+        gradients = self._side_by_side(backward, list(zip(parts, features.grad.split([len(p) for p in parts]),
+                                                          strict=True)))
+        for weight, *shares in zip(weights, *gradients, strict=True):
+            for share in shares:
+                if share is not None and weight.grad is None:  # laid out as the weight: Adam's fused kernel asks for it
+                    weight.grad = share if share.stride() == weight.stride() else torch.empty_like(weight).copy_(share)
+                elif share is not None:
+                    weight.grad = cast(Tensor, weight.grad).add_(share)
+        return loss.item()
+
+    def _loss(self, features: Any, batch: DictRolloutBufferSamples, clip_range: float) -> Tensor:
+        """Eq. 9 of Schulman et al. 2017, in the order of SB3's operations."""
+        actions = batch.actions.long().flatten() if isinstance(self.action_space, spaces.Discrete) else batch.actions
+        values, log_prob, entropy = cast(CompositePolicy, self.policy).evaluate_features(features, actions)
         advantages = batch.advantages
         if self.normalize_advantage and len(advantages) > 1:
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-        if threads == 1 or len(advantages) < 2 * threads:
-            loss = self._loss(batch, advantages, clip_range)
-            loss.backward()
-            return loss.item()
-        n = len(advantages)
-        edges = [n * i // threads for i in range(threads + 1)]
-
-        def part(start: int, end: int) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-            rows = DictRolloutBufferSamples(
-                {k: v[start:end] for k, v in batch.observations.items()}, *(x[start:end] for x in batch[1:]))
-            loss = self._loss(rows, advantages[start:end], clip_range) * ((end - start) / n)
-            return loss.detach(), torch.autograd.grad(loss, self._parameters, allow_unused=True)
-
-        others = [self._threads(threads).submit(part, a, b) for a, b in zip(edges[1:-1], edges[2:], strict=True)]
-        loss, gradients = part(*edges[:2])
-        for parameter, gradient in zip(self._parameters, gradients, strict=True):
-            parameter.grad = gradient
-        for other in others:
-            more, gradients = other.result()
-            loss = loss + more
-            for parameter, gradient in zip(self._parameters, gradients, strict=True):
-                if gradient is not None:
-                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-        return loss.item()
-
-    def _loss(self, batch: DictRolloutBufferSamples, advantages: Tensor, clip_range: float) -> Tensor:
-        """Eq. 9 of Schulman et al. 2017, in the order of SB3's operations."""
-        actions = batch.actions.long().flatten() if isinstance(self.action_space, spaces.Discrete) else batch.actions
-        values, log_prob, entropy = self.policy.evaluate_actions(cast(Any, batch.observations), actions)
         ratio = torch.exp(log_prob - batch.old_log_prob)
         gain = torch.min(advantages * ratio, advantages * torch.clamp(ratio, 1 - clip_range, 1 + clip_range))
         bonus = torch.mean(-log_prob) if entropy is None else torch.mean(entropy)
@@ -239,6 +250,11 @@ class CompositePPO(PPO):
                 self._plain = torch.equal(state, torch.get_rng_state())
                 torch.set_rng_state(state)
         return self._plain
+
+    def _side_by_side(self, f: Callable[..., T], arguments: list[tuple[Any, ...]]) -> list[T]:
+        """``f`` of each tuple of arguments, the first one in this thread, the others in threads of their own."""
+        others = [self._threads(len(arguments)).submit(f, *a) for a in arguments[1:]]
+        return [f(*arguments[0]), *(o.result() for o in others)]
 
     def _threads(self, n: int) -> ThreadPoolExecutor:
         if self._pool is None:

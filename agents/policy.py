@@ -71,6 +71,14 @@ class CompositePolicy(MultiInputActorCriticPolicy):
             module.apply(lambda m, g=gain: self.init_weights(m, g))  # type: ignore[misc]
 
 
+    def evaluate_features(self, features: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """SB3's ``evaluate_actions`` from the encoder's output (B, D) on: values, log likelihoods and entropies."""
+        latent_pi, latent_vf = self.mlp_extractor(features)
+        distribution = self._get_action_dist_from_latent(latent_pi)
+        log_prob = distribution.log_prob(actions)
+        return self.value_net(latent_vf), log_prob, distribution.entropy()
+
+
 def policy_kwargs(spec: EncoderSpec, card: TaskCard, table: TextTable, head: tuple[int, ...],
                   log_std_init: float) -> dict[str, Any]:
     """Arguments of :class:`CompositePolicy` for a spec."""

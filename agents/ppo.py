@@ -5,19 +5,20 @@ from __future__ import annotations
 import platform
 import time
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from stable_baselines3 import PPO
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 
 from lacer.agents.checkpoint import save_agent
 from lacer.agents.evaluation import Cost, Evaluation, PPOConfig, Protocol, RunRequest
 from lacer.agents.learner import CompositePPO, Diverged
+from lacer.agents.parts import Kept, learn
 from lacer.agents.policy import CompositeExtractor, CompositePolicy, policy_kwargs
 from lacer.agents.probes import probe
 from lacer.agents.rollout import SourceRolloutBuffer
@@ -61,7 +62,7 @@ def make_ppo(policy: type[CompositePolicy], arguments: dict[str, Any], env: Any,
     if "bf16" in p.shortcuts:
         arguments = {**arguments, "features_extractor_kwargs": {**arguments["features_extractor_kwargs"], "bf16": True}}
     model = CompositePPO(
-        policy, env, halves="halves" in p.shortcuts, overlap="overlap" in p.shortcuts,
+        policy, env, parts=torch.get_num_threads() if "halves" in p.shortcuts else 1, overlap="overlap" in p.shortcuts,
         rollout_buffer_class=SourceRolloutBuffer,
         rollout_buffer_kwargs={"sources": sources, "channels_last": "channels_last" in p.shortcuts},
         n_steps=p.n_steps, batch_size=min(p.batch_size, p.n_steps * p.n_envs), n_epochs=p.n_epochs,
@@ -73,8 +74,8 @@ def make_ppo(policy: type[CompositePolicy], arguments: dict[str, Any], env: Any,
     return model
 
 
-class Progress(BaseCallback):
-    """Learning curve, progress reports, and the check that the loss is finite.
+class Progress(Kept):
+    """Learning curve, progress reports, and the check that the parameters are finite.
 
     Args:
         report: see :func:`run`.
@@ -87,7 +88,7 @@ class Progress(BaseCallback):
         self.report, self.steps, self.before = report, steps, before
         self.curve: list[tuple[int, float]] = []
         self._returns: list[float] = []
-        self._start, self._begin = time.monotonic(), -1
+        self._start, self._begin, self._earlier = time.monotonic(), -1, 0.0
 
     def _on_training_start(self) -> None:
         if self._begin < 0:
@@ -106,6 +107,18 @@ class Progress(BaseCallback):
             self._returns = []
         self.report({"steps": now, "of": self.steps, "return": self.curve[-1][1] if self.curve else None,
                      "steps_per_second": (self.num_timesteps - self._begin) / (time.monotonic() - self._start)})
+
+    def data(self) -> dict[str, Any]:
+        return {"curve": self.curve, "seconds": self.seconds}
+
+    def load(self, data: Mapping[str, Any]) -> None:
+        self.curve = [(int(n), float(r)) for n, r in data["curve"]]
+        self._earlier = float(data["seconds"])
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the training, with that before an interruption."""
+        return self._earlier + time.monotonic() - self._start
 
     def check(self) -> None:
         """Raises Diverged if a parameter is not finite."""
@@ -130,8 +143,12 @@ def run(request: RunRequest, report: Report = lambda _: None, *, start_method: S
     """
     card = task_card(request.env, **request.env_kwargs)
     spec = None if request.encoder is None else EncoderSpec.parse(request.encoder, card)
-    table = TextTable(request.text_model)
-    return attempt(lambda: _run(request, card, spec, table, report, start_method), request.seed)
+    table = TextTable(request.text_model, singly=request.protocol.checkpoint_every > 0)
+    try:
+        return attempt(lambda: _run(request, card, spec, table, report, start_method), request.seed)
+    finally:
+        if request.checkpoint is not None:
+            Path(request.checkpoint).unlink(missing_ok=True)
 
 
 def attempt(training: Callable[[], Evaluation], seed: int) -> Evaluation:
@@ -172,14 +189,13 @@ def _run(request: RunRequest, card: TaskCard, spec: EncoderSpec | None, table: T
         try:
             model = make_model(spec, card, table, env, protocol, request.seed)
             progress = Progress(report, protocol.steps)
-            start = time.monotonic()
-            model.learn(protocol.steps, callback=progress)
+            learn(model, request, table, [progress])
             progress.check()
         finally:
             close_vec(env)
         curve = progress.curve
         encoder = _encoder(model)
-        cost.train_seconds = time.monotonic() - start
+        cost.train_seconds = progress.seconds
         cost.env_steps = model.num_timesteps
         cost.steps_per_second = model.num_timesteps / cost.train_seconds
         cost.parameters_by_module = encoder.parameters_by_module()

@@ -20,8 +20,8 @@ class SourceRolloutBuffer(DictRolloutBuffer):
 
     Args:
         sources: those to keep; None: all.
-        channels_last: images are kept, and minibatches of them given, with the channels innermost in memory. Shapes stay
-            (C, H, W); convolutions then take other kernels, whose results differ in the last bits.
+        channels_last: images are kept, and minibatches of them given, with the channels innermost in memory. Shapes
+            stay (C, H, W); convolutions then take other kernels, whose results differ in the last bits.
         others: see SB3's ``DictRolloutBuffer``.
     """
 

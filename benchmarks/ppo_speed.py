@@ -6,8 +6,8 @@
     Options: rounds=5 threads=2 n_envs=8 n_steps=128 batch_size=256 n_epochs=4 shortcuts=fused_adam+channels_last
 
 Sides that are compared have the same encoder, PPO hyper-parameters, environment and seeds, and take turns, one rollout
-with its update each; a ratio is the median over the rounds. `sb3` is SB3's loop, buffer and vectorised environments with
-the same policy; `ours` is the loop without shortcuts (the same numbers), further sides are ours with shortcuts;
+with its update each; a ratio is the median over the rounds. `sb3` is SB3's loop, buffer and vectorised environments
+with the same policy; `ours` is the loop without shortcuts (the same numbers), further sides are ours with shortcuts;
 `defaults` is SB3 with its default hyper-parameters, one environment and a CombinedExtractor whose CNN is that of the
 composite (`nature`), to which the ratio is taken on samples a second. `limit` is the forward and backward passes of the
 same minibatches, plus as many inferences as steps, plus the environment alone. `cpu` figures are ratios of processor
