@@ -70,7 +70,7 @@ class CompositePPO(PPO):
         self._spare: RolloutBuffer | None = None
 
     def learn(self, *args: Any, **kwargs: Any) -> Any:
-        with _unchecked_distributions():
+        with _unchecked_distributions(), _threads_each(1 if self.parts > 1 else None):
             try:
                 return super().learn(*args, **kwargs)
             finally:
@@ -174,7 +174,7 @@ class CompositePPO(PPO):
         self._update_learning_rate(optimizer)
         clip_range = cast(Any, self.clip_range)(self._current_progress_remaining)
         threads = self.parts if self.parts > 1 and self.device.type == "cpu" and self.plain else 1
-        with _threads_each(1 if threads > 1 else None):
+        with _threads_each(self.parts if threads < self.parts else None):
             for _ in range(self.n_epochs):
                 for batch in self.rollout_buffer.get(self.batch_size):
                     optimizer.zero_grad()
