@@ -71,6 +71,10 @@ class CompositePolicy(MultiInputActorCriticPolicy):
             module.apply(lambda m, g=gain: self.init_weights(m, g))  # type: ignore[misc]
 
 
+    def extract_features(self, obs: Any, features_extractor: BaseFeaturesExtractor | None = None) -> Any:
+        """The encoder takes observations as they are: SB3 would first turn all of them into floats."""
+        return self.features_extractor(obs)
+
     def evaluate_features(self, features: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """SB3's ``evaluate_actions`` from the encoder's output (B, D) on: values, log likelihoods and entropies."""
         latent_pi, latent_vf = self.mlp_extractor(features)

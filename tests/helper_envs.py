@@ -114,12 +114,12 @@ class Slow(KnownSourcesEnv):
 
 
 class Leaks(Tiny):
-    """Takes 40 MB more in every step, in a process of its own."""
+    """Takes 16 MB more in every step, in a process of its own."""
 
     metadata = {"render_modes": [], "one_per_process": True}  # noqa: RUF012
 
     def step(self, action: Any) -> tuple[dict, float, bool, bool, dict]:
-        self._kept = [*getattr(self, "_kept", []), np.ones(5_000_000)]
+        self._kept = [*getattr(self, "_kept", []), np.ones(2_000_000)]
         time.sleep(0.05)
         return super().step(action)
 
@@ -143,7 +143,8 @@ class LeavesProcess(Tiny):
         self.seconds = seconds
 
     def reset(self, **kwargs: Any) -> tuple[dict, dict]:
-        subprocess.Popen(["sleep", str(self.seconds)], start_new_session=True)
+        if not hasattr(self, "_program"):
+            self._program = subprocess.Popen(["sleep", str(self.seconds)], start_new_session=True)
         return super().reset(**kwargs)
 
 
