@@ -130,7 +130,7 @@ def load(folder: str | Path, env_kwargs: Mapping[str, Any] | None = None, text_m
     try:
         policy.load_state_dict({**state, **shared})
     except RuntimeError as e:
-        raise LacerError(f"{folder}: the weights do not fit the encoder: {str(e)[:300]}"
+        raise LacerError(f"{folder}: the weights do not fit the encoder: {str(e)[:300].strip(' .')}"
                          f"{_versions(evaluation)}") from None
     policy.set_training_mode(False)
     return Agent(policy, spec, card, table, request, evaluation)

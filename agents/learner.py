@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -29,11 +29,6 @@ T = TypeVar("T")
 
 class Diverged(Exception):
     """Training produced NaN or infinite numbers."""
-
-
-class _Step(NamedTuple):
-    infos: list[dict[str, Any]]
-    dones: np.ndarray
 
 
 class CompositePPO(PPO):
@@ -60,7 +55,7 @@ class CompositePPO(PPO):
         self.parts, self.overlap = parts, overlap
         self._plain: bool | None = None
         self._pool: ThreadPoolExecutor | None = None
-        self._ahead: Future[list[_Step]] | None = None
+        self._ahead: Future[list[dict[str, Any]]] | None = None
         self._actor: ActorCriticPolicy | None = None
         super().__init__(*args, **kwargs)
 
@@ -80,32 +75,33 @@ class CompositePPO(PPO):
 
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer,
                          n_rollout_steps: int) -> bool:
-        callback.on_rollout_start()
         if self._ahead is not None:
+            callback.on_rollout_start()
             steps = self._ahead.result()
             self._ahead = None
             self.rollout_buffer, self._spare = cast(RolloutBuffer, self._spare), self.rollout_buffer
-            for infos, dones in steps:
-                if not self._count(env, callback, infos, dones):
+            for step in steps:
+                if not self._count(env, callback, step):
                     return False
         else:
             self._begin(self.policy, env, rollout_buffer)
+            callback.on_rollout_start()
             for n in range(n_rollout_steps):
-                infos, dones = self._step(self.policy, env, rollout_buffer, n)
-                if not self._count(env, callback, infos, dones):
+                if not self._step(self.policy, env, rollout_buffer, n, lambda step: self._count(env, callback, step)):
                     return False
             self._end(self.policy, rollout_buffer)
+        callback.update_locals(locals())
         callback.on_rollout_end()
         if self.overlap and self.num_timesteps < self._total_timesteps and self.plain:
             self._play_ahead(env, n_rollout_steps)
         return True
 
-    def _count(self, env: VecEnv, callback: BaseCallback, infos: list[dict[str, Any]], dones: np.ndarray) -> bool:
+    def _count(self, env: VecEnv, callback: BaseCallback, step: Mapping[str, Any]) -> bool:
         self.num_timesteps += env.num_envs
-        callback.update_locals(locals())
+        callback.update_locals({**step, "env": env, "self": self})
         if not callback.on_step():
             return False
-        self._update_info_buffer(infos, dones)
+        self._update_info_buffer(step["infos"], step["dones"])
         return True
 
     def _begin(self, policy: ActorCriticPolicy, env: VecEnv, buffer: RolloutBuffer) -> None:
@@ -115,25 +111,31 @@ class CompositePPO(PPO):
         if self.use_sde:
             policy.reset_noise(env.num_envs)
 
-    def _step(self, policy: ActorCriticPolicy, env: VecEnv, buffer: RolloutBuffer, n: int) -> _Step:
-        if self.use_sde and self.sde_sample_freq > 0 and n % self.sde_sample_freq == 0:
+    def _step(self, policy: ActorCriticPolicy, env: VecEnv, buffer: RolloutBuffer, n_steps: int,
+              tell: Callable[[dict[str, Any]], bool]) -> bool:
+        """One step of all environments. ``tell`` gets what SB3's callbacks see, under SB3's names, and says whether to
+        go on."""
+        if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
             policy.reset_noise(env.num_envs)
         with torch.no_grad():
             drawn, values, log_probs = policy(obs_as_tensor(cast(Any, self._last_obs), self.device))
-        actions = taken = drawn.cpu().numpy()
+        actions = clipped_actions = drawn.cpu().numpy()
         if not math.isfinite(float(log_probs.sum())):
             raise Diverged(f"the distribution of the actions is not finite after {self.num_timesteps} steps")
         if isinstance(self.action_space, spaces.Box):
-            taken = np.clip(actions, self.action_space.low, self.action_space.high)
-        obs, rewards, dones, infos = env.step(taken)
+            clipped_actions = np.clip(actions, self.action_space.low, self.action_space.high)
+        new_obs, rewards, dones, infos = env.step(clipped_actions)
+        if not tell({"actions": actions, "clipped_actions": clipped_actions, "values": values, "log_probs": log_probs,
+                     "new_obs": new_obs, "rewards": rewards, "dones": dones, "infos": infos, "n_steps": n_steps}):
+            return False
         for i in np.flatnonzero(dones):  # a truncated episode would have gone on: its value stands for the rest
             if infos[i].get("TimeLimit.truncated", False) and infos[i].get("terminal_observation") is not None:
                 last = policy.obs_to_tensor(infos[i]["terminal_observation"])[0]
                 with torch.no_grad():
                     rewards[i] += (self.gamma * policy.predict_values(last)[0]).item()
         buffer.add(cast(Any, self._last_obs), actions, rewards, cast(Any, self._last_episode_starts), values, log_probs)
-        self._last_obs, self._last_episode_starts = cast(Any, obs), dones
-        return _Step(list(infos), dones)
+        self._last_obs, self._last_episode_starts = cast(Any, new_obs), dones
+        return True
 
     def _end(self, policy: ActorCriticPolicy, buffer: RolloutBuffer) -> None:
         with torch.no_grad():
@@ -156,9 +158,16 @@ class CompositePPO(PPO):
             for mine, theirs in zip(actor.state_dict().values(), self.policy.state_dict().values(), strict=True):
                 mine.copy_(theirs)
 
-        def play() -> list[_Step]:
+        def play() -> list[dict[str, Any]]:
+            steps: list[dict[str, Any]] = []
+
+            def keep(step: dict[str, Any]) -> bool:
+                steps.append({**step, "rewards": step["rewards"].copy(), "new_obs": None})  # the buffer has them
+                return True
+
             self._begin(actor, env, buffer)
-            steps = [self._step(actor, env, buffer, n) for n in range(n_steps)]
+            for n in range(n_steps):
+                self._step(actor, env, buffer, n, keep)
             self._end(actor, buffer)
             return steps
 

@@ -56,15 +56,18 @@ def make_ppo(policy: type[CompositePolicy], arguments: dict[str, Any], env: Any,
 
     Args:
         sources: those that rollouts keep for the updates; None: all.
+
+    Shortcuts are for candidates' policies; supernets train without.
     """
-    if "fused_adam" in p.shortcuts:
+    shortcuts = p.shortcuts if policy is CompositePolicy else ()
+    if "fused_adam" in shortcuts:
         arguments = {**arguments, "optimizer_kwargs": {"eps": 1e-5, "fused": True}}  # eps as in SB3
-    if "bf16" in p.shortcuts:
+    if "bf16" in shortcuts:
         arguments = {**arguments, "features_extractor_kwargs": {**arguments["features_extractor_kwargs"], "bf16": True}}
     model = CompositePPO(
-        policy, env, parts=torch.get_num_threads() if "halves" in p.shortcuts else 1, overlap="overlap" in p.shortcuts,
+        policy, env, parts=torch.get_num_threads() if "halves" in shortcuts else 1, overlap="overlap" in shortcuts,
         rollout_buffer_class=SourceRolloutBuffer,
-        rollout_buffer_kwargs={"sources": sources, "channels_last": "channels_last" in p.shortcuts},
+        rollout_buffer_kwargs={"sources": sources, "channels_last": "channels_last" in shortcuts},
         n_steps=p.n_steps, batch_size=min(p.batch_size, p.n_steps * p.n_envs), n_epochs=p.n_epochs,
         learning_rate=p.learning_rate, gamma=p.gamma, gae_lambda=p.gae_lambda, clip_range=p.clip_range,
         ent_coef=p.ent_coef, vf_coef=p.vf_coef, max_grad_norm=p.max_grad_norm,

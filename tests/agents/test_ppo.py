@@ -285,7 +285,7 @@ def test_an_agent_of_other_versions_that_is_not_understood_says_so(copy: Path) -
     (copy / "agent.json").write_text(json.dumps(about))
     assert load(copy).spec, "other versions alone do no harm"
     other_weights(copy)
-    with pytest.raises(LacerError, match=r"not fit .* It was saved with lacer 0\.0\.1 \(here .*, torch 1\.2 \(here "):
+    with pytest.raises(LacerError, match=r"(?s)not fit .*\. It was saved with lacer 0\.0\.1 \(here .*, torch 1\.2 \("):
         load(copy)
 
 

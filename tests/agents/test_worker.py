@@ -285,7 +285,7 @@ def test_what_an_environment_started_and_left_is_gone_too(pool: ProcessPool, mon
     """In a session of its own, whether the run ends by itself or is killed."""
     pool.submit("left", bad("LeavesProcess", seconds=360123))
     assert events_until_end(pool, "left")[1].ok
-    assert not [p for p in sleepers(360123) if alive(p)]
+    assert gone(sleepers(360123), 5)
     monkeypatch.setattr(pool, "_timeout", 2.0)
     endless = ENDLESS.protocol
     pool.submit("left2", bad("LeavesProcess", seconds=360124).model_copy(update={"protocol": endless}))
