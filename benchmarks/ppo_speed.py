@@ -290,7 +290,7 @@ def main(options: dict[str, str]) -> None:
                            "ppo": {k: getattr(setting.ppo, k) for k in ("n_envs", "n_steps", "batch_size", "n_epochs")}}
     if "memory" in parts:
         large = Setting(name, **{"n_steps": 512, **{k: int(v) for k, v in options.items()}})
-        out["memory"] = memory(large)
+        out["memory"] = {"n_steps": large.ppo.n_steps, **memory(large)}
     if "speed" in parts:
         out["speed"] = speed(setting, rounds, threads, shortcuts, with_defaults and name == "camera")
     if "pair" in parts:
