@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from lacer.envs.errors import LacerError
 
 Status = Literal["ok", "failed", "pruned"]
+Shortcut = Literal["fused_adam", "channels_last", "halves", "overlap", "bf16"]
+"""Ways to train faster whose numbers differ from the plain ones; see :class:`lacer.agents.learner.CompositePPO`."""
 
 
 class PPOConfig(BaseModel):
@@ -33,6 +35,8 @@ class PPOConfig(BaseModel):
                                              "noise in every step; for continuous actions")
     sde_sample_freq: int = Field(-1, ge=-1, description="steps after which gSDE draws new noise; -1: once a rollout")
     log_std_init: float = Field(-0.7, description="initial log standard deviation of a continuous policy")
+    shortcuts: tuple[Shortcut, ...] = Field((), description="ways to train faster whose numbers differ from the plain "
+                                            "ones: fused_adam, channels_last, halves, overlap, bf16")
 
 
 class Protocol(BaseModel):
@@ -53,6 +57,8 @@ class Protocol(BaseModel):
                                                                   "below this at a point of probe_at")
     stop_dead: float | None = Field(None, ge=0, le=1, description="end a run if more than this share of the fusion's "
                                                                   "units is dead at a point of probe_at")
+    checkpoint_every: int = Field(0, ge=0, description="steps after which a training is saved, to go on from there if "
+                                                       "its process is killed, and begins new episodes; 0: never")
     ppo: PPOConfig = PPOConfig()
 
     @field_validator("probe_at")
@@ -78,6 +84,9 @@ class Protocol(BaseModel):
     def _complete(self) -> Self:
         if not self.probe_at and (self.stop_rank is not None or self.stop_dead is not None):
             raise ValueError("stop_rank and stop_dead look at the probes of mid-training: set probe_at, e.g. to [0.3]")
+        if self.probe_at and "overlap" in self.ppo.shortcuts:
+            raise ValueError("probe_at needs the environments' states, which the shortcut overlap does not wait for: "
+                             "choose one of them")
         if self.permuted_episodes > self.eval_episodes:
             raise ValueError(f"permuted_episodes ({self.permuted_episodes}) are the first of the evaluation's, "
                              f"of which there are {self.eval_episodes}")
@@ -86,7 +95,13 @@ class Protocol(BaseModel):
 
 class RunRequest(BaseModel):
     """One PPO run: train the encoder, evaluate, probe. ``encoder=None`` evaluates "do nothing" (or random actions
-    where the task has no such action) without training."""
+    where the task has no such action) without training.
+
+    Attributes:
+        save_to: folder for the trained agent; None: it is not kept.
+        checkpoint: file that holds how far the training is, from which it goes on, and which is gone when the run has
+            ended; used if the protocol says ``checkpoint_every``.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -98,6 +113,7 @@ class RunRequest(BaseModel):
     seed: int = 0
     text_model: str = "all-MiniLM-L6-v2"
     save_to: str | None = None
+    checkpoint: str | None = None
 
 
 class Call(BaseModel):

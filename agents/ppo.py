@@ -5,30 +5,29 @@ from __future__ import annotations
 import platform
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from stable_baselines3 import PPO
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 
 from lacer.agents.checkpoint import save_agent
 from lacer.agents.evaluation import Cost, Evaluation, PPOConfig, Protocol, RunRequest
+from lacer.agents.learner import CompositePPO, Diverged
+from lacer.agents.parts import Kept, learn
 from lacer.agents.policy import CompositeExtractor, CompositePolicy, policy_kwargs
 from lacer.agents.probing import Hopeless, Probing
+from lacer.agents.rollout import SourceRolloutBuffer
 from lacer.agents.vec import EncoderVecEnv
 from lacer.encoders import EncoderSpec, TextTable
 from lacer.envs import LacerError, TaskCard, task_card
 from lacer.envs.vec import StartMethod, close_vec, make_vec
 
 Report = Callable[[dict[str, Any]], None]
-
-
-class Diverged(Exception):
-    """Training produced NaN or infinite numbers."""
 
 
 def versions() -> dict[str, str]:
@@ -47,13 +46,28 @@ def versions() -> dict[str, str]:
 def make_model(spec: EncoderSpec, card: TaskCard, table: TextTable, env: Any, protocol: Protocol, seed: int) -> PPO:
     """SB3's PPO with the composite encoder as features extractor."""
     p = protocol.ppo
-    return make_ppo(CompositePolicy, policy_kwargs(spec, card, table, p.head, p.log_std_init), env, p, seed)
+    return make_ppo(CompositePolicy, policy_kwargs(spec, card, table, p.head, p.log_std_init), env, p, seed,
+                    sources=spec.sources)
 
 
-def make_ppo(policy: type[CompositePolicy], arguments: dict[str, Any], env: Any, p: PPOConfig, seed: int) -> PPO:
-    """SB3's PPO as configured. torch is seeded before the policy is built."""
-    model = PPO(
-        policy, env,
+def make_ppo(policy: type[CompositePolicy], arguments: dict[str, Any], env: Any, p: PPOConfig, seed: int, *,
+             sources: Collection[str] | None = None) -> CompositePPO:
+    """SB3's PPO as configured. torch is seeded before the policy is built.
+
+    Args:
+        sources: those that rollouts keep for the updates; None: all.
+
+    Shortcuts are for candidates' policies; supernets train without.
+    """
+    shortcuts = p.shortcuts if policy is CompositePolicy else ()
+    if "fused_adam" in shortcuts:
+        arguments = {**arguments, "optimizer_kwargs": {"eps": 1e-5, "fused": True}}  # eps as in SB3
+    if "bf16" in shortcuts:
+        arguments = {**arguments, "features_extractor_kwargs": {**arguments["features_extractor_kwargs"], "bf16": True}}
+    model = CompositePPO(
+        policy, env, parts=torch.get_num_threads() if "halves" in shortcuts else 1, overlap="overlap" in shortcuts,
+        rollout_buffer_class=SourceRolloutBuffer,
+        rollout_buffer_kwargs={"sources": sources, "channels_last": "channels_last" in shortcuts},
         n_steps=p.n_steps, batch_size=min(p.batch_size, p.n_steps * p.n_envs), n_epochs=p.n_epochs,
         learning_rate=p.learning_rate, gamma=p.gamma, gae_lambda=p.gae_lambda, clip_range=p.clip_range,
         ent_coef=p.ent_coef, vf_coef=p.vf_coef, max_grad_norm=p.max_grad_norm,
@@ -63,8 +77,8 @@ def make_ppo(policy: type[CompositePolicy], arguments: dict[str, Any], env: Any,
     return model
 
 
-class Progress(BaseCallback):
-    """Learning curve, progress reports, and the check that the loss is finite.
+class Progress(Kept):
+    """Learning curve, progress reports, and the check that the parameters are finite.
 
     Args:
         report: see :func:`run`.
@@ -77,7 +91,7 @@ class Progress(BaseCallback):
         self.report, self.steps, self.before = report, steps, before
         self.curve: list[tuple[int, float]] = []
         self._returns: list[float] = []
-        self._start, self._begin = time.monotonic(), -1
+        self._start, self._begin, self._earlier = time.monotonic(), -1, 0.0
 
     def _on_training_start(self) -> None:
         if self._begin < 0:
@@ -96,6 +110,18 @@ class Progress(BaseCallback):
             self._returns = []
         self.report({"steps": now, "of": self.steps, "return": self.curve[-1][1] if self.curve else None,
                      "steps_per_second": (self.num_timesteps - self._begin) / (time.monotonic() - self._start)})
+
+    def data(self) -> dict[str, Any]:
+        return {"curve": self.curve, "seconds": self.seconds}
+
+    def load(self, data: Mapping[str, Any]) -> None:
+        self.curve = [(int(n), float(r)) for n, r in data["curve"]]
+        self._earlier = float(data["seconds"])
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the training, with that before an interruption."""
+        return self._earlier + time.monotonic() - self._start
 
     def check(self) -> None:
         """Raises Diverged if a parameter is not finite."""
@@ -120,8 +146,12 @@ def run(request: RunRequest, report: Report = lambda _: None, *, start_method: S
     """
     card = task_card(request.env, **request.env_kwargs)
     spec = None if request.encoder is None else EncoderSpec.parse(request.encoder, card)
-    table = TextTable(request.text_model)
-    return attempt(lambda: _run(request, card, spec, table, report, start_method), request.seed)
+    table = TextTable(request.text_model, singly=request.protocol.checkpoint_every > 0)
+    try:
+        return attempt(lambda: _run(request, card, spec, table, report, start_method), request.seed)
+    finally:
+        if request.checkpoint is not None:
+            Path(request.checkpoint).unlink(missing_ok=True)
 
 
 def attempt(training: Callable[[], Evaluation], seed: int) -> Evaluation:
@@ -164,8 +194,7 @@ def _run(request: RunRequest, card: TaskCard, spec: EncoderSpec | None, table: T
         try:
             model = make_model(spec, card, table, env, protocol, request.seed)
             progress = Progress(report, protocol.steps)
-            start = time.monotonic()
-            model.learn(protocol.steps, callback=[progress, probing])
+            learn(model, request, table, [progress, probing])
             progress.check()
         except Hopeless as e:
             hopeless = str(e)
@@ -175,7 +204,7 @@ def _run(request: RunRequest, card: TaskCard, spec: EncoderSpec | None, table: T
         assert model is not None
         encoder = _encoder(model)
         cost.probe_seconds = probing.seconds
-        cost.train_seconds = time.monotonic() - start - probing.seconds
+        cost.train_seconds = progress.seconds - probing.seconds
         cost.env_steps = model.num_timesteps
         cost.steps_per_second = model.num_timesteps / cost.train_seconds
         cost.parameters_by_module = encoder.parameters_by_module()

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium import spaces
-from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lacer.agents.evaluation import Protocol
+from lacer.agents.parts import Kept
 from lacer.agents.probes import FUSED, Sample, chosen, measure
 from lacer.agents.probes.permuted import change
 from lacer.agents.probes.units import Watch
@@ -223,7 +223,7 @@ def gradients(model: Any) -> dict[str, float]:
     return out
 
 
-class Probing(BaseCallback):
+class Probing(Kept):
     """Takes the probes in mid-training, the gradient's shares at the end, and ends hopeless runs.
 
     It reads the rollouts that PPO collects anyway and changes nothing: the same training without it is the same.
@@ -253,7 +253,16 @@ class Probing(BaseCallback):
         self._kept: list[Rows] = []
         self._episodes: Any = 0
 
+    def data(self) -> dict[str, Any]:
+        return {"curve": self.curve, "seconds": self.seconds}
+
+    def load(self, data: Mapping[str, Any]) -> None:
+        self.curve = [(int(n), dict(probes)) for n, probes in data["curve"]]
+        self.seconds = float(data["seconds"])
+        self._points = [p for p in self._points if not self.curve or p > self.curve[-1][0]]
+
     def _on_training_start(self) -> None:
+        self._kept, self._episodes = [], 0  # a part of a training in parts begins with new episodes
         if self._points:
             self._last = [dict(i.get("state", {})) for i in self._reset_infos()]
 

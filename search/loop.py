@@ -492,7 +492,8 @@ class _Driver(Listener):
 
     def _job(self, trial: Trial, repeat: int) -> RunRequest:
         assert trial.spec is not None
-        return self._request(trial.spec, self.config.protocol, self.config.seed + REPEAT_SEEDS * repeat)
+        return self._request(trial.spec, self.config.protocol, self.config.seed + REPEAT_SEEDS * repeat,
+                             f"{trial.number}-{repeat}")
 
     def _why_not(self, proposal: Proposal) -> str:
         assert proposal.point is not None
@@ -502,9 +503,13 @@ class _Driver(Listener):
             return str(e)
         return ""
 
-    def _request(self, spec: EncoderSpec | None, protocol: Protocol, seed: int,
+    def _request(self, spec: EncoderSpec | None, protocol: Protocol, seed: int, name: str,
                  save_to: Path | None = None) -> RunRequest:
-        return run_request(self.config, spec, protocol, seed, save_to)
+        request = run_request(self.config, spec, protocol, seed, save_to)
+        if not protocol.checkpoint_every:
+            return request
+        path = self.folder.resolve() / "checkpoints" / f"{name}.safetensors"
+        return request.model_copy(update={"checkpoint": str(path)})
 
     def rejected(self, trial: Trial) -> None:
         self.display.say(f"        #{trial.number} rejected ({trial.proposal.designer}): {trial.reason[:160]}")
@@ -565,11 +570,11 @@ class _Driver(Listener):
         jobs: dict[str, RunRequest] = {}
         if WINNER not in finals or not (self.folder / "best").is_dir():
             shutil.rmtree(fresh, ignore_errors=True)
-            jobs[WINNER] = self._request(best.spec, protocol, c.seed + 1, fresh)
+            jobs[WINNER] = self._request(best.spec, protocol, c.seed + 1, WINNER, fresh)
         if EXPERT not in finals and not expert_won:
-            jobs[EXPERT] = self._request(self.plan.space.to_spec(self.plan.expert), protocol, c.seed + 1)
+            jobs[EXPERT] = self._request(self.plan.space.to_spec(self.plan.expert), protocol, c.seed + 1, EXPERT)
         if NOOP not in finals:
-            jobs[NOOP] = self._request(None, protocol, c.seed + 1)
+            jobs[NOOP] = self._request(None, protocol, c.seed + 1, NOOP)
         if jobs:
             who = f"the winner #{best.number}" + (" and the expert's encoder" if EXPERT in jobs else "")
             self.display.say(f"Training {who} with {c.final_steps:,} steps; {c.final_episodes} evaluation episodes on "
