@@ -146,9 +146,9 @@ class CompositePPO(PPO):
         """Starts the next rollout in a thread, with a copy of the policy as it is now."""
         if self._actor is None:
             state = torch.get_rng_state()
-            self._actor = self.policy_class(
+            self._actor = cast(ActorCriticPolicy, self.policy_class(
                 self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde,
-                **self.policy_kwargs).to(self.device)
+                **self.policy_kwargs).to(self.device))
             torch.set_rng_state(state)
             self._spare = self.rollout_buffer_class(  # type: ignore[misc]
                 self.n_steps, cast(Any, self.observation_space), self.action_space, device=self.device,
@@ -199,7 +199,7 @@ class CompositePPO(PPO):
 
     def _gradient(self, batch: DictRolloutBufferSamples, clip_range: float, threads: int) -> float:
         """Puts PPO's gradient into the parameters' ``grad``; returns the loss."""
-        obs = cast(dict[str, Tensor], batch.observations)
+        obs = batch.observations
         n = len(batch.advantages)
         if threads == 1 or n < 2 * threads:
             loss = self._loss(self.policy.extract_features(cast(Any, obs)), batch, clip_range)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import gymnasium as gym
 import numpy as np
@@ -158,10 +158,10 @@ def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 @torch.no_grad()
 def _divergence(agent: Agent, a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> np.ndarray:
-    p, q = (agent.policy.get_distribution(agent.policy.obs_to_tensor(o)[0]).distribution for o in (a, b))
+    p, q = (cast(Any, agent.policy.get_distribution(agent.policy.obs_to_tensor(o)[0]).distribution) for o in (a, b))
     pairs = zip(p, q, strict=True) if isinstance(p, list) else [(p, q)]  # a list for MultiDiscrete
     parts = [kl_divergence(x, y) for x, y in pairs]
-    return sum(k.flatten(1).sum(1) if k.ndim > 1 else k for k in parts).cpu().numpy()  # type: ignore[union-attr]
+    return torch.stack([k.flatten(1).sum(1) if k.ndim > 1 else k for k in parts]).sum(0).cpu().numpy()
 
 
 def play(agent: Agent, *, seed: int, env_kwargs: dict[str, Any] | None = None, others: int = 2, limit: int = 2000,
@@ -224,7 +224,7 @@ def _write_gif(path: Path, draw: Callable[[int], Image.Image], n: int, fps: floa
     for k, picture in enumerate(some):
         sheet.paste(picture, (0, k * picture.height))
     palette = sheet.quantize(192)
-    frames = (draw(i).quantize(palette=palette, dither=0) for i in range(n))
+    frames = (draw(i).quantize(palette=palette, dither=Image.Dither.NONE) for i in range(n))
     next(frames).save(path, save_all=True, append_images=frames, duration=round(1000 / fps), loop=0, optimize=False)
 
 

@@ -94,7 +94,8 @@ class Predictions:
 
 def predictions(trials: Sequence[Trial]) -> Predictions | None:
     """Compares ``expected`` of the proposals with the outcomes; None where nothing was predicted."""
-    points, base, earlier = [], [], []
+    points, base = [], []
+    earlier: list[float] = []
     for t in trials:
         if t.objective is None:
             continue

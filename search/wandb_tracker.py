@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from urllib.parse import urlparse
 
 from lacer.search.drawing import clean, encoder_svg
@@ -186,7 +186,7 @@ class WandB:
             key("media", source): [wandb.Image(str(p), caption=p.stem) for p in paths]
             for source, paths in media.frames.items()}
         if media.video is not None:
-            pictures["media/video"] = wandb.Video(str(media.video), format=media.video.suffix[1:])
+            pictures["media/video"] = wandb.Video(str(media.video), format=cast(Any, media.video.suffix[1:]))
         best = next((t for t in outcome.trials if t.number == outcome.winner), None)
         if best is not None and best.spec is not None:
             pictures["media/encoder"] = wandb.Html(encoder_svg(best.spec, outcome.card), inject=False)

@@ -101,7 +101,7 @@ _PROBES: dict[str, Probe] = {}
 _loaded = False
 
 
-def register_probe(name: str, meaning: str, *, needs: Collection[Need] = (), told: bool = False,
+def register_probe(name: str, meaning: str, *, needs: tuple[Need, ...] = (), told: bool = False,
                    ) -> Callable[[Callable[[Sample], Values]], Callable[[Sample], Values]]:
     """Decorator: registers a function of a :class:`Sample` as a probe; see :class:`Probe` for the arguments."""
     def register(compute: Callable[[Sample], Values]) -> Callable[[Sample], Values]:

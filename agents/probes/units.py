@@ -107,7 +107,7 @@ class Watch(TorchFunctionMode):
         self._calls += 1
         assert self._part is not None
         sums = self._sums[self._part]
-        new = [weight * mean.flatten(), largest.flatten(), weight * before.float().square().mean(), weight]
+        new: list[Any] = [weight * mean.flatten(), largest.flatten(), weight * before.float().square().mean(), weight]
         if number == len(sums):
             sums.append(new)
         elif len(sums[number][0]) == len(new[0]):

@@ -54,7 +54,9 @@ def linear(weight: np.ndarray | Tensor, bias: Any) -> nn.Linear:
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.GELU(), nn.SiLU(), F.relu, F.gelu, torch.relu, Tensor.relu,
-                                        lambda x: x.relu_(), lambda x: F.relu(x, inplace=True)], ids=str)
+                                        lambda x: x.relu_(), lambda x: F.relu(x, inplace=True)],
+                         ids=["ReLU", "GELU", "SiLU", "F.relu", "F.gelu", "torch.relu", "Tensor.relu",
+                              "relu_", "inplace"])
 def test_planted_dead_units(activation: Callable[[Tensor], Tensor]) -> None:
     """Three of eight units get a bias that no input makes up for."""
     layer = linear(torch.eye(8) * 0.1, [1.0] * 5 + [-100.0] * 3)
