@@ -239,6 +239,7 @@ def gone(pids: list[int], seconds: float = 10) -> bool:
     return False
 
 
+@pytest.mark.slow  # make test-faults kills searches 200 times
 def test_kill_9_and_resume(tiny: Path, start: Start, lacer: Lacer, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = start("search", "--config", tiny, "--out", folder, "--candidates", 6, "--wandb", "off")
@@ -287,6 +288,7 @@ def test_ctrl_c(sign: signal.Signals, tiny: Path, start: Start, tmp_path: Path) 
     assert gone(family)
 
 
+@pytest.mark.slow
 def test_two_drivers_on_one_run(tiny: Path, start: Start, lacer: Lacer, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = start("search", "--config", tiny, "--out", folder, "--protocol.steps", 1_000_000, "--wandb", "off")
