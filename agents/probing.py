@@ -198,10 +198,8 @@ def gradients(model: Any) -> dict[str, float]:
     obs = {k: part(v).float() for k, v in buffer.observations.items()}
     actions, old, advantages, returns = (
         part(x) for x in (buffer.actions, buffer.log_probs, buffer.advantages, buffer.returns))
-    if isinstance(model.action_space, spaces.Discrete):
-        actions = actions.long().flatten()
-    else:
-        actions = actions.float()  # as in the updates; those of MultiBinary are bytes
+    # As in the updates; those of MultiBinary are bytes.
+    actions = actions.long().flatten() if isinstance(model.action_space, spaces.Discrete) else actions.float()
     training = policy.training
     policy.set_training_mode(False)
     clip = model.clip_range(1.0) if callable(model.clip_range) else model.clip_range

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import wandb
 from lacer.envs import LacerError
 from lacer.search.outcome import Outcome
 from lacer.search.tracking import Media, TensorBoard, Totals, decisions, key, scalars
