@@ -113,8 +113,8 @@ class TrainingConformance(DesignerConformance):
                                    "fusion.concat.width": [16, 32, 64]})
 
     def small_space(self) -> SearchSpace:
-        return EncoderSpace(CARD, {**NARROW, "position.block": ["mlp"], "*.linear.width": [8],
-                                   "fusion.block": ["concat"]})
+        return EncoderSpace(CARD, {k: v for k, v in NARROW.items() if "film" not in k} | {
+            "position.block": ["mlp"], "*.linear.width": [8], "fusion.block": ["concat"]})
 
 
 for _name in TRAINING:
