@@ -4,7 +4,9 @@ Encoders are drawn from the space of CompositeBench (`configs/bench/composite.ya
 configuration and probed on its own rollouts on the way. For each probe: Spearman's rank correlation with the mean
 return of the evaluation episodes, over encoders, with its 95 % bootstrap interval over encoders: of its value for the
 fused state, and of its mean over the used sources. Beside them what there is without probes: the training return until
-then, and the number of parameters.
+then, and the number of parameters. An encoder that uses more sources has the better return, and means over sources
+change with their number, so the partial correlation given the number of used sources (by ranks) tells what a probe
+knows beyond that.
 
     python benchmarks/probe_value.py
     python benchmarks/probe_value.py encoders=128 steps=10240 at=0.1 env=lacer/MixedTraffic-v0 out=runs.jsonl
@@ -74,13 +76,21 @@ def values(e: Evaluation) -> dict[str, float]:
     return found
 
 
-def spearman(x: np.ndarray, y: np.ndarray, rng: np.random.Generator, resamples: int = 2000) -> tuple[float, ...]:
-    """Spearman's rho and its 95 % bootstrap interval (percentiles)."""
-    def rho(i: Any) -> float:
-        return float(stats.spearmanr(x[i], y[i]).statistic) if np.ptp(x[i]) and np.ptp(y[i]) else 0.0
+def partial(x: np.ndarray, y: np.ndarray, given: np.ndarray) -> float:
+    """Spearman's rho of x and y given a third variable; 0 if one of them does not vary."""
+    ranks = [stats.rankdata(v) for v in (x, y, given)]
+    design = np.stack([ranks[2], np.ones(len(x))], 1)
+    a, b = (r - design @ np.linalg.lstsq(design, r, rcond=None)[0] for r in ranks[:2])
+    norm = np.linalg.norm(a) * np.linalg.norm(b)
+    return float(a @ b / norm) if norm > 1e-6 else 0.0
 
-    drawn = [rho(rng.integers(len(x), size=len(x))) for _ in range(resamples)]
-    return (rho(slice(None)), *(float(q) for q in np.quantile(drawn, [0.025, 0.975])))
+
+def interval(x: np.ndarray, y: np.ndarray, given: np.ndarray, rng: np.random.Generator,
+             resamples: int = 2000) -> list[float]:
+    """:func:`partial` and its 95 % bootstrap interval (percentiles); plain rho if ``given`` is constant."""
+    drawn = [rng.integers(len(x), size=len(x)) for _ in range(resamples)]
+    values = [partial(x[i], y[i], given[i]) for i in drawn]
+    return [round(v, 3) for v in (partial(x, y, given), *map(float, np.quantile(values, [0.025, 0.975])))]
 
 
 def main(env: str = "lacer/KnownSources-v0", encoders: str = "64", steps: str = "5120", at: str = "0.1",
@@ -92,15 +102,19 @@ def main(env: str = "lacer/KnownSources-v0", encoders: str = "64", steps: str = 
     final = np.array([e.mean_return for e in ok])
     known = [values(e) for e in ok]
     rng = np.random.default_rng(0)
-    rows: dict[str, list[float]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(k for v in known for k in v):
         have = np.array([name in v for v in known])
         if have.sum() >= 20:
             x = np.array([v[name] for v in known if name in v])
-            rows[name] = [round(r, 3) for r in spearman(x, final[have], rng)] + [int(have.sum())]
-    print(f"{len(ok)} encoders; Spearman's rho with the final return, 95 % interval, encoders")
-    for name, (rho, low, high, n) in sorted(rows.items(), key=lambda r: -abs(r[1][0])):
-        print(f"{name:32}{rho:7.2f}  [{low:.2f}, {high:.2f}]{n:5.0f}{'' if low > 0 or high < 0 else '   nothing'}")
+            used = np.array([v["sources used"] for v in known])[have]
+            rows[name] = {"encoders": int(have.sum()), "rho": interval(x, final[have], np.zeros(len(x)), rng),
+                          "given_sources": interval(x, final[have], used, rng)}
+    print(f"{len(ok)} encoders; Spearman's rho with the final return [95 % interval], and given the number of sources")
+    for name, row in sorted(rows.items(), key=lambda r: -abs(r[1]["given_sources"][0])):
+        print(f"{name:26}{row['encoders']:4}" + "".join(
+            f"   {r:6.2f} [{low:.2f}, {high:.2f}] {'*' if low > 0 or high < 0 else ' '}"
+            for r, low, high in (row["rho"], row["given_sources"])))
     share = float(np.median([e.cost.probe_seconds / e.cost.total_seconds for e in ok]))
     print(json.dumps({
         "benchmark": "probe_value", "env": env, "encoders": len(ok), "failed": len(runs) - len(ok), "steps": int(steps),
