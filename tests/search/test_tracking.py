@@ -259,6 +259,7 @@ def test_no_room_for_its_files(tmp_path: Path) -> None:
     assert not any(scan(p).ended for p in log_files(folder))
 
 
+@pytest.mark.slow
 def test_long_searches_leak_nothing(tmp_path: Path) -> None:
     outcome, folder = make_outcome(24, failed=0, rejected=0), tmp_path / "run"
     to = tracker(folder, runs="candidate")
