@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,6 +36,9 @@ Start = Callable[..., "subprocess.Popen[str]"]
 @pytest.fixture(scope="session")
 def start() -> Start:
     """Starts ``lacer ARGS`` as a process of its own group."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a shell's background job; children would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def start(*args: object, cwd: Path | None = None, **env: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "lacer.search.cli", *map(str, args)], stdout=subprocess.PIPE,

@@ -270,8 +270,7 @@ def test_kill_9_and_resume(tiny: Path, start: Start, lacer: Lacer, tmp_path: Pat
     assert "seed cannot change" in refused.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sign", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_ctrl_c(sign: signal.Signals, tiny: Path, start: Start, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = start("search", "--config", tiny, "--out", folder, "--protocol.steps", 1_000_000)

@@ -259,7 +259,6 @@ def test_no_room_for_its_files(tmp_path: Path) -> None:
     assert not any(scan(p).ended for p in log_files(folder))
 
 
-@pytest.mark.slow
 def test_long_searches_leak_nothing(tmp_path: Path) -> None:
     outcome, folder = make_outcome(24, failed=0, rejected=0), tmp_path / "run"
     to = tracker(folder, runs="candidate")
@@ -284,10 +283,7 @@ def test_long_searches_leak_nothing(tmp_path: Path) -> None:
     to.close(0, 60)
     assert all(scan(p).ended for p in log_files(folder))
     assert len(log_files(folder)) == 25
-    end = time.monotonic() + 30
-    while any(t.name == "wandb" for t in threading.enumerate()):
-        assert time.monotonic() < end, "the thread that writes has not ended"
-        time.sleep(0.1)
+    assert not to._thread.is_alive()  # others of its name are earlier tests' that W&B holds up
 
 
 def test_what_cannot_be_synced(tmp_path: Path) -> None:
