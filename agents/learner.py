@@ -131,8 +131,8 @@ class CompositePPO(PPO):
         for i in np.flatnonzero(dones):  # a truncated episode would have gone on: its value stands for the rest
             if infos[i].get("TimeLimit.truncated", False) and infos[i].get("terminal_observation") is not None:
                 last = policy.obs_to_tensor(infos[i]["terminal_observation"])[0]
-                with torch.no_grad():
-                    rewards[i] += (self.gamma * policy.predict_values(last)[0]).item()
+                with torch.no_grad():  # added as SB3 adds it: in the tensor's precision, also to 64-bit rewards
+                    rewards[i] = (rewards[i] + self.gamma * policy.predict_values(last)[0, 0]).item()
         buffer.add(cast(Any, self._last_obs), actions, rewards, cast(Any, self._last_episode_starts), values, log_probs)
         self._last_obs, self._last_episode_starts = cast(Any, new_obs), dones
         return True

@@ -10,7 +10,8 @@ import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import DictRolloutBuffer
 from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from lacer.agents.evaluation import PPOConfig, Protocol
 from lacer.agents.learner import CompositePPO, Diverged
@@ -30,9 +31,22 @@ CONFIG = PPOConfig(n_envs=3, n_steps=32, batch_size=40, n_epochs=2, ent_coef=0.0
 STEPS = 3 * 96
 
 
+class CutOff(VecEnvWrapper):
+    """Episodes that are cut off, and rewards with 64 bits, as environments in processes of their own give them."""
+
+    def reset(self) -> VecEnvObs:
+        return self.venv.reset()
+
+    def step_wait(self) -> VecEnvStepReturn:
+        obs, rewards, dones, infos = self.venv.step_wait()
+        for i in np.flatnonzero(dones):
+            infos[i]["TimeLimit.truncated"] = True
+        return obs, rewards.astype(np.float64) / 3, dones, infos
+
+
 def ours(config: PPOConfig, encoder: dict[str, Any] = ENCODER, env: str = ENV, **kwargs: Any) -> CompositePPO:
     card, table = task_card(env, **kwargs), TextTable("hash")
-    venv = EncoderVecEnv(make_vec(env, config.n_envs, kwargs, seed=7), card, table)
+    venv = EncoderVecEnv(CutOff(make_vec(env, config.n_envs, kwargs, seed=7)), card, table)
     model = make_model(EncoderSpec.parse(encoder, card), card, table, venv, Protocol(ppo=config), 7)
     assert isinstance(model, CompositePPO)
     return model
@@ -41,7 +55,7 @@ def ours(config: PPOConfig, encoder: dict[str, Any] = ENCODER, env: str = ENV, *
 def theirs(p: PPOConfig, encoder: dict[str, Any] = ENCODER, env: str = ENV, **kwargs: Any) -> PPO:
     """SB3's own loop, buffer and vectorised environments, with the same policy."""
     card, table = task_card(env, **kwargs), TextTable("hash")
-    venv = EncoderVecEnv(DummyVecEnv([lambda: make_one(env, kwargs)] * p.n_envs), card, table)
+    venv = EncoderVecEnv(CutOff(DummyVecEnv([lambda: make_one(env, kwargs)] * p.n_envs)), card, table)
     model = PPO(CompositePolicy, venv, n_steps=p.n_steps, batch_size=p.batch_size, n_epochs=p.n_epochs,
                 learning_rate=p.learning_rate, gamma=p.gamma, gae_lambda=p.gae_lambda, clip_range=p.clip_range,
                 ent_coef=p.ent_coef, vf_coef=p.vf_coef, max_grad_norm=p.max_grad_norm, use_sde=p.use_sde,
