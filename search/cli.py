@@ -83,6 +83,7 @@ EXAMPLES = {
   lacer prompt runs/R 7 | less""",
     "sync": """examples:
   lacer sync runs/R
+  lacer sync comparisons/C
   WANDB_BASE_URL=https://wandb.example.org lacer sync runs/R""",
     "envs": """examples:
   lacer envs
@@ -252,8 +253,8 @@ def _parser() -> _Parser:
     p.add_argument("run", metavar="RUN", help="run folder, e.g. runs/R")
     p.add_argument("number", type=int, metavar="N", help="number of the trial, as in #N")
 
-    p = command("sync", "upload what a search logged offline to Weights & Biases")
-    p.add_argument("run", metavar="RUN", help="run folder, e.g. runs/R")
+    p = command("sync", "upload what a search or a comparison logged offline to Weights & Biases")
+    p.add_argument("run", metavar="RUN", help="folder of a run or of a comparison, e.g. runs/R")
 
     p = command("envs", "list environments, or show one: its sources, actions and objective")
     p.add_argument("env", nargs="?", default=None, metavar="ID", help="environment id; any that Gymnasium knows")

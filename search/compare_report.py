@@ -180,7 +180,8 @@ def _env_sections(compared: Compared, env: str, suffix: str) -> list[Section]:
         least = compared.least_p(env)
         out.append(Section(
             f"Pairs{suffix}", (
-                "Difference of the means, probability that a search with the first ends better than one with the "
+                ("Difference of the means" if compared.sign(env) > 0 else "How much lower the mean of the first is") +
+                ", probability that a search with the first ends better than one with the "
                 "second (both with 95 % bootstrap intervals), and p of the two-sided Mann–Whitney test, corrected for "
                 "the number of pairs (Holm). One is called better where the corrected test and the interval of the "
                 "difference agree at 5 %." + (
@@ -194,8 +195,8 @@ def _env_sections(compared: Compared, env: str, suffix: str) -> list[Section]:
     out.append(Section(
         f"Best so far{suffix}", (
             f"Best {name} so far by the scores that the searches chose by: interquartile mean over seeds, 95 % "
-            "bootstrap bands. The best of many noisy scores is too good to be true; what it is worth is in the final "
-            "ranking.",),
+            "bootstrap bands, from where all seeds have a result; a search that has ended keeps its last value. The "
+            "best of many noisy scores is too good to be true; what it is worth is in the final ranking.",),
         pictures={_file(compared, env, "best_so_far"): "Best so far against candidates, environment steps and time"}))
     reached = compared.reached[compared.reached["environment"] == env]
     if len(reached):
@@ -227,17 +228,19 @@ def _cost_section(compared: Compared, many: bool) -> Section:
         rows.append(row)
     return Section("What a search cost", ("Mean over seeds. Environment steps are those of candidates’ trainings and "
                                           "evaluations and of the designer’s own training; the final trainings come on "
-                                          "top." + ("" if llm else " No language model was asked."),),
+                                          "top. Wall time is all of it." + ("" if llm else " No language model was asked."),),
                    tuple(head), rows)
 
 
 def _rate_section(compared: Compared, many: bool) -> Section:
-    rows = [(_who(r, many), f"{r['proposals']:,}", f"{r['evaluated_rate']:.0%}", f"{r['duplicates_rate']:.0%}",
-             f"{r['invalid_rate']:.0%}", f"{r['failed_rate']:.0%}") for r in compared.rates.to_dict("records")]
+    names = ["evaluated", "duplicates", "invalid", "failed"] + (["pruned"] if compared.rates["pruned"].any() else [])
+    rows = [(_who(r, many), f"{r['proposals']:,}", *(f"{r[f'{n}_rate']:.0%}" for n in names))
+            for r in compared.rates.to_dict("records")]
     return Section("Proposals", ("Over all seeds: proposals that were valid, that repeated an encoder, that were no "
                                  "encoder of the space or broke its limits; and of the valid ones, those whose "
-                                 "training failed.",),
-                   ("designer", "proposals", "valid", "duplicates", "invalid", "failed"), rows)
+                                 "training failed" + (", and those ended early as hopeless." if "pruned" in names
+                                                      else "."),),
+                   ("designer", "proposals", "valid", *names[1:]), rows)
 
 
 def _searches_section(compared: Compared, many: bool) -> Section:

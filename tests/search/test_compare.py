@@ -29,6 +29,9 @@ from lacer.search import Decision, SearchSpace, search
 from lacer.search.cli import main
 from lacer.search.compare import (
     ALLOW,
+    FREE,
+    PER_DESIGNER,
+    SAME,
     ComparisonConfig,
     Entry,
     check_comparable,
@@ -41,14 +44,14 @@ from lacer.search.compare import (
     run_comparison,
 )
 from lacer.search.compare_report import sections, statements
-from lacer.search.config import validate_as
+from lacer.search.config import SearchConfig, validate_as
 from lacer.search.designers.base import Designer, register_designer
 from lacer.search.designers.random_search import RandomSearch
 from lacer.search.presets import presets, read_yaml
 from lacer.search.runs import StoredRun, StoredTrial, read_run
 from lacer.search.study import Proposal, Study
 from tests import helper_objectives
-from tests.search.conftest import TINY, Lacer, Start
+from tests.search.conftest import TINY, Lacer, Start, run
 
 SPACE = SearchSpace([Decision(f"d{i}", (0, 1, 2, 3)) for i in range(8)])
 BEGIN = datetime(2026, 1, 1)
@@ -116,6 +119,7 @@ def test_a_designer_made_worse_on_purpose_is_found_and_two_alike_are_not_told_ap
     # The other way round where lower is better.
     flipped = [replace(e, run=replace(e.run, objective=Objective("score", "", "minimize"))) for e in groups]
     lower = gather(flipped, tmp_path)
+    assert "How much lower the mean of the first is" in next(s for s in sections(lower) if s.title == "Pairs").text[0]
     assert not any(c.better.startswith("random") for c in lower.pairs[""])
 
 
@@ -208,10 +212,27 @@ def test_rates_and_levels_by_hand(tmp_path: Path) -> None:
     c = gather([Entry("", "d", a), Entry("", "d", b)], tmp_path, levels=(0.9, 0.93))
     rates = c.rates.iloc[0]
     assert (rates["proposals"], rates["evaluated"], rates["duplicates"], rates["invalid"]) == (12, 8, 2, 2)
-    assert rates["failed_rate"] == pytest.approx(1 / 8)
+    assert (rates["failed_rate"], rates["pruned_rate"]) == (pytest.approx(1 / 8), 0)
     reached = c.reached.set_index("score")
     assert (reached.loc[0.9, "share"], reached.loc[0.9, "median"]) == (1.0, 3)
     assert (reached.loc[0.93, "share"], reached.loc[0.93, "median"]) == (0.5, np.inf)
+
+
+def test_pruned_is_not_failed_and_unknown_money_is_not_none(tmp_path: Path) -> None:
+    a, b = built([0.1, 0.2, None, None]), built([0.3], seed=1)
+    trials = list(a.trials)
+    trials[3] = replace(trials[3], trial=replace(trials[3].trial, status="pruned"))
+    paid = [replace(t, trial=replace(t.trial, proposal=replace(t.trial.proposal, meta={"requests": 1, **cost})))
+            for t, cost in zip(b.trials, [{}], strict=True)]
+    c = gather([Entry("", "d", replace(a, trials=tuple(trials))), Entry("", "d", replace(b, trials=tuple(paid)))], tmp_path)
+    rates = c.rates.iloc[0]
+    assert (rates["failed_rate"], rates["pruned_rate"]) == (pytest.approx(1 / 5), pytest.approx(1 / 5))
+    proposals = next(s for s in sections(c) if s.title == "Proposals")
+    assert proposals.head[-1] == "pruned"
+    assert proposals.rows[0][-2:] == ("20%", "20%")
+    assert np.isnan(c.costs.loc[0, "us_dollars"]), "one search is free, of the other nobody knows"
+    cost = next(s for s in sections(c) if s.title == "What a search cost")
+    assert cost.rows[0][-1] == "unknown"
 
 
 def test_reported_scores_are_not_those_that_chose(tmp_path: Path) -> None:
@@ -268,6 +289,19 @@ def test_runs_that_are_not_alike(change: dict[str, Any], message: str, allow: st
             assert len({e.env for e in checked}) == 2
         else:
             assert notes[0].startswith("The runs differ in")
+
+
+def test_every_field_of_a_configuration_is_alike_or_free() -> None:
+    """A field that is added later is compared unless it is said that it may differ; runs that are older than it had its
+    default."""
+    known = {k for keys in SAME.values() for k in keys}
+    assert not known & FREE
+    assert known | FREE | PER_DESIGNER == set(SearchConfig.model_fields)
+    assert {"protocol", "final_steps", "final_episodes", "text_model", "repeats", "expert"} <= set(SAME["protocol"])
+    old, new = (played(RandomSearch(s), s, 2, c) for s, c in enumerate(({}, {"repeats": "reject"})))
+    assert len(check_comparable([Entry("", "x", old), Entry("", "x", new)])[0]) == 2
+    free = replace(new, config={**new.config, "workers": 7, "wandb": "off", "deterministic": True})
+    assert "wall times cannot be compared" in check_comparable([Entry("", "x", old), Entry("", "x", free)])[1][0]
 
 
 def test_runs_that_never_can_be_compared() -> None:
@@ -359,16 +393,6 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
         search(space=SPACE, objective=helper_objectives.smooth, designer=name, seed=seed, candidates=6, quiet=True,
                out=folder / f"{name}-{seed}")
     return folder
-
-
-def run(args: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    code = 0
-    try:
-        main(args)
-    except SystemExit as e:
-        code = int(e.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 def test_finished_runs_from_the_command_line(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

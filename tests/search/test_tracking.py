@@ -173,6 +173,21 @@ def test_a_resumed_search_continues_its_run(tmp_path: Path, server: WandBServer)
     assert "were uploaded before" in sync(folder)
 
 
+def test_all_runs_of_a_comparison_are_synced(tmp_path: Path, server: WandBServer) -> None:
+    config = {"base": {}, "seeds": [0, 1], "designers": {"random": {"designer": "random"}}}
+    write_config(tmp_path / "comparison.yaml", config)
+    with pytest.raises(LacerError, match="W&B was off"):
+        sync(tmp_path)
+    outcome = make_outcome(2, failed=0, rejected=0)
+    (tmp_path / "runs").mkdir()
+    for seed in range(2):
+        folder = tmp_path / "runs" / f"random-{seed}"
+        log_all(tracker(folder, run_id=f"id{seed}"), outcome, folder)
+    assert "Uploaded 2 W&B files" in sync(tmp_path)
+    assert {"id0", "id1"} <= set(server.runs)
+    assert "All 2 W&B files" in sync(tmp_path)
+
+
 def test_online(tmp_path: Path, server: WandBServer) -> None:
     outcome, folder = make_outcome(3, failed=0, rejected=0), tmp_path / "run"
     agent_files(folder)
