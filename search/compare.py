@@ -45,16 +45,19 @@ FREE = {"seed", "workers", "timeout", "memory", "deterministic", "executor", "ra
             f for f in SearchConfig.model_fields if f.startswith("wandb")}
 """Fields that may differ between all runs: they change no score, or only by chance."""
 
-_SAME: dict[str, tuple[str, ...]] = {
-    "env": ("env", "env_kwargs", "eval_env_kwargs"),
-    "budget": ("candidates", "max_env_steps", "max_seconds", "max_tokens"),
-    "space": ("space", "limits"),
-}
+_ENV = ("env", "env_kwargs", "eval_env_kwargs")
+_BUDGET = ("candidates", "max_env_steps", "max_seconds", "max_tokens")
+_SPACE = ("space", "limits")
 
-SAME: dict[str, tuple[str, ...]] = _SAME | {"protocol": tuple(
-    f for f in SearchConfig.model_fields if f not in FREE | PER_DESIGNER | {k for keys in _SAME.values() for k in keys})}
-"""What runs must have in common to be compared, by the word that allows them to differ; ``protocol`` is all the rest, so
-that a new field is compared unless it is named above."""
+SAME: dict[str, tuple[str, ...]] = {
+    "env": _ENV,
+    "protocol": tuple(f for f in SearchConfig.model_fields
+                      if f not in {*_ENV, *_BUDGET, *_SPACE, *FREE, *PER_DESIGNER}),
+    "budget": _BUDGET,
+    "space": _SPACE,
+}
+"""What runs must have in common to be compared, by the word that allows them to differ; ``protocol`` is all the rest,
+so a new field is compared unless it is named above."""
 
 PACKAGES = ("lacer", "torch", "stable-baselines3", "gymnasium", "numpy", "eclipse-sumo")
 """Packages whose versions must agree (``version``)."""

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from lacer.search.bench_report import COLOURS, markdown_table
 from lacer.search.compare import FILE, SAME
 from lacer.search.compare_tables import AXES, Compared
-from lacer.search.drawing import clean
+from lacer.search.drawing import clean, decimals, number
 from lacer.search.export import frame, write_table
 from lacer.search.files import write_whole
 from lacer.search.outcome import dollars
@@ -91,8 +91,9 @@ def statements(compared: Compared) -> list[str]:
         for c, winner, loser in better:
             low, high = sorted((abs(c.low), abs(c.high)))
             share = c.improvement if winner == c.a else 1 - c.improvement
-            out.append(f"{where}{winner} is better than {loser}, by {_num(abs(c.difference))} [{_num(low)}, "
-                       f"{_num(high)}]; a search with it ends better in {share:.0%} of cases (p = {c.p:.2g}).")
+            by = _interval(abs(c.difference), low, high)
+            out.append(f"{where}{winner} is better than {loser}, by {by}; a search with it ends better in {share:.0%} "
+                       f"of cases (p = {c.p:.2g}).")
         if not better:
             seeds = sorted({len(v) for v in compared.tested(env).values()})
             least = compared.least_p(env)
@@ -226,10 +227,9 @@ def _cost_section(compared: Compared, many: bool) -> Section:
             row += [f"{r[k]:,.0f}" for k in ("requests", "tokens_in", "tokens_out")]
             row += [f"{r['llm_seconds']:,.0f} s", "unknown" if np.isnan(r["us_dollars"]) else dollars(r["us_dollars"])]
         rows.append(row)
-    return Section("What a search cost", ("Mean over seeds. Environment steps are those of candidates’ trainings and "
-                                          "evaluations and of the designer’s own training; the final trainings come on "
-                                          "top. Wall time is all of it." + ("" if llm else " No language model was asked."),),
-                   tuple(head), rows)
+    what = ("Mean over seeds. Environment steps are those of candidates’ trainings and evaluations and of the "
+            "designer’s own training; the final trainings come on top. Wall time is all of it.")
+    return Section("What a search cost", (what + ("" if llm else " No language model was asked."),), tuple(head), rows)
 
 
 def _rate_section(compared: Compared, many: bool) -> Section:
@@ -303,7 +303,8 @@ def _who(r: dict[str, Any], many: bool) -> str:
 def _num(x: float | None) -> str:
     if x is None or not math.isfinite(x):
         return "–"
-    return f"{x:,.3g}" if abs(x) < 1000 else f"{x:,.0f}"
+    text = f"{x:#,.3g}" if abs(x) < 1000 else f"{x:,.0f}"
+    return text.removesuffix(".").replace("-", "−")
 
 
 def _count(x: float) -> str:
@@ -311,7 +312,10 @@ def _count(x: float) -> str:
 
 
 def _interval(x: float, low: float, high: float) -> str:
-    return f"{_num(x)} [{_num(low)}, {_num(high)}]"
+    if not math.isfinite(low) or not math.isfinite(high):
+        return _num(x)
+    places = min(6, decimals(high - low) + 1)  # three digits of its width
+    return f"{number(x, places)} [{number(low, places)}, {number(high, places)}]"
 
 
 # -- pages ------------------------------------------------------------------------------------------------------------

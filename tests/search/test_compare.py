@@ -26,7 +26,6 @@ import lacer.configs as configs
 from lacer.agents import Cost, Evaluation
 from lacer.envs import LacerError, Objective
 from lacer.search import Decision, SearchSpace, search
-from lacer.search.cli import main
 from lacer.search.compare import (
     ALLOW,
     FREE,
@@ -222,9 +221,10 @@ def test_pruned_is_not_failed_and_unknown_money_is_not_none(tmp_path: Path) -> N
     a, b = built([0.1, 0.2, None, None]), built([0.3], seed=1)
     trials = list(a.trials)
     trials[3] = replace(trials[3], trial=replace(trials[3].trial, status="pruned"))
-    paid = [replace(t, trial=replace(t.trial, proposal=replace(t.trial.proposal, meta={"requests": 1, **cost})))
-            for t, cost in zip(b.trials, [{}], strict=True)]
-    c = gather([Entry("", "d", replace(a, trials=tuple(trials))), Entry("", "d", replace(b, trials=tuple(paid)))], tmp_path)
+    paid = [replace(t, trial=replace(t.trial, proposal=replace(t.trial.proposal, meta={"requests": 1})))
+            for t in b.trials]
+    runs = [replace(a, trials=tuple(trials)), replace(b, trials=tuple(paid))]
+    c = gather([Entry("", "d", run) for run in runs], tmp_path)
     rates = c.rates.iloc[0]
     assert (rates["failed_rate"], rates["pruned_rate"]) == (pytest.approx(1 / 5), pytest.approx(1 / 5))
     proposals = next(s for s in sections(c) if s.title == "Proposals")
@@ -524,6 +524,16 @@ class Blind(RandomSearch):
         return out
 
 
+@register_designer
+class Other(RandomSearch):
+    """Random with other random numbers, so neither better nor worse; for tests."""
+
+    name: ClassVar[str] = "test-other"
+
+    def rng(self, study: Study) -> np.random.Generator:
+        return np.random.default_rng([self.seed, len(study), 7])
+
+
 BASE: dict[str, Any] = {
     "env": "lacer/KnownSources-v0", "env_kwargs": {"sources": ["position", "noise"]}, "candidates": 3,
     "text_model": "hash", "wandb": "off", "workers": 2, "expert_first": False, "final_steps": 1024,
@@ -534,17 +544,21 @@ BASE: dict[str, Any] = {
 
 @pytest.mark.slow
 def test_a_planted_difference_in_real_trainings(tmp_path: Path) -> None:
-    config = ComparisonConfig(base=BASE, seeds=(0, 1, 2, 3), designers={
-        "random": {"designer": "random"}, "blind": {"designer": "test-blind"}})
+    """Three designers, five seeds: that which was made worse is found, the two that are alike are not told apart."""
+    config = ComparisonConfig(base=BASE, designers={
+        "random": {"designer": "random"}, "blind": {"designer": "test-blind"}, "other": {"designer": "test-other"}})
     c = run_comparison(config, tmp_path / "c", quiet=True)
-    [said] = statements(c)
-    assert said.startswith("random is better than blind")
+    first, second, third = statements(c)
+    assert first.startswith("random is better than blind")
+    assert second.startswith("other is better than blind")
+    assert third == "The other pairs cannot be told apart."
+    assert list(c.ranking["designer"])[-1] == "blind"
     assert c.ranking.set_index("designer").loc["blind", "high"] < 0.2, "nothing can be gained without the source"
     assert c.searches["final_expert"].notna().all()
     first = read_run(tmp_path / "c" / "runs" / "random-0")
     chosen = {s for t in first.results for s in (t.trial.evaluation or Evaluation()).episode_seeds}
     assert not chosen & set(first.finals["winner"].episode_seeds), "reported on other episodes than it was chosen by"
-    assert read_comparison(tmp_path / "c").seeds == (0, 1, 2, 3)
+    assert read_comparison(tmp_path / "c").seeds == (0, 1, 2, 3, 4)
 
 
 def state(folder: Path) -> dict[str, list[tuple[Any, ...]]]:

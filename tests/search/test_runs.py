@@ -124,7 +124,7 @@ def test_watch_ends_with_the_process(folder: Path) -> None:
     study.close()
     assert not watch(str(folder), said.append)
     assert said[-1] == (f"No process of this machine is working on it; 6 candidates are done. To go on: lacer search "
-                        f"--resume {folder}")
+                        f"--resume '{folder}'")
     with pytest.raises(LacerError, match="no such folder"):
         watch(str(folder / "nothing"), said.append)
 

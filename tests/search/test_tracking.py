@@ -21,6 +21,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lacer.envs import LacerError
+from lacer.search.files import write_config
 from lacer.search.outcome import Outcome
 from lacer.search.tracking import Media, TensorBoard, Totals, decisions, key, scalars
 from lacer.search.wandb_files import log_files, scan
