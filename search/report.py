@@ -331,8 +331,10 @@ def _decisions(outcome: Outcome) -> dict[str, Any]:
                                     f"{ENOUGH} are needed." if done < ENOUGH else
                                     "The candidates do not differ enough to tell which decisions mattered.")}
     options = ", ".join(f"{_name_of(d)} {n}" for d, n in found.options.items())
+    rest = max(0.0, 1 - sum(found.shares.values()))
     return {"svg": Markup(bars_plot({_name_of(d): v for d, v in found.shares.items()}, "importance of each decision")),
-            "note": f"From {found.trials} results; options that were tried: {options}."
+            "note": f"The rest, {rest:.0%}, lies in combinations of decisions. From {found.trials} results; options "
+                    f"that were tried: {options}."
                     + (" With so few results the order may change." if found.trials < 50 else "")}
 
 
