@@ -161,7 +161,9 @@ def _env_sections(compared: Compared, env: str, suffix: str) -> list[Section]:
                 "is no separate final evaluation.")
     else:
         what = (f"Final {name} of each search’s winner, trained anew with another seed and evaluated on episodes that "
-                f"took no part in choosing it; {direction} is better. Not the scores that the search chose by.")
+                f"took no part in choosing it; {direction} is better. Not the scores that the search chose by. The "
+                "episodes are the same for all, so intervals cover the seeds of search and training, not the choice of "
+                "episodes.")
     few = min((len(v) for v in compared.scores(env).values()), default=0)
     # From benchmarks/coverage.py, as in docs/benchmarks.md.
     narrow = () if few > 8 or few < 2 else (
