@@ -136,8 +136,8 @@ def test_watch_of_a_comparison_that_is_left(tmp_path: Path) -> None:
     write_config(folder / "comparison.yaml", {"seeds": [0, 1], "designers": {"random": {"designer": "random"}}})
     assert not watch(str(folder), said.append, interval=5.0, wait=waited.append)
     assert sum(waited) == IDLE, "another process may be starting"
-    assert said == ["No process of this machine is working on it; 0 of 2 searches are finished. To go on: lacer compare "
-                    f"--resume '{folder}'"]
+    assert said == ["No process of this machine is working on it; 0 of 2 searches are finished. To go on: lacer "
+                    f"compare --resume '{folder}'"]
 
 
 def test_a_look_at_the_lock_stops_no_search(folder: Path) -> None:
