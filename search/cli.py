@@ -547,7 +547,7 @@ def _evaluate(a: Namespace) -> None:
         print(f"  {k:24} {mean:10.3f} {iqm:10.3f}  [{low:.3f}, {high:.3f}] {unit.get(k, '')}")
     if a.video is not None:
         print(f"Video: {a.video} (seed {a.seed}). Change of its actions when a source shows another moment, nats:")
-        print("  " + ", ".join(f"{k} {v:.2f}" for k, v in sorted(importance.items(), key=lambda x: -x[1])))
+        print("  " + ", ".join(f"{k} {v:.2g}" for k, v in sorted(importance.items(), key=lambda x: -x[1])))
 
 
 def _list(rows: dict[str, str]) -> None:
