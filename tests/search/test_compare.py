@@ -51,6 +51,7 @@ from lacer.search.runs import StoredRun, StoredTrial, read_run
 from lacer.search.study import Proposal, Study
 from tests import helper_objectives
 from tests.search.conftest import TINY, Lacer, Start, run
+from tests.search.test_report import overflow
 
 SPACE = SearchSpace([Decision(f"d{i}", (0, 1, 2, 3)) for i in range(8)])
 BEGIN = datetime(2026, 1, 1)
@@ -503,6 +504,15 @@ def test_hostile_names_are_inert(tmp_path: Path) -> None:
     assert "<script" not in page
     assert "&lt;script&gt;" in page
     assert "\\<script\\>" in text
+
+
+@pytest.mark.slow
+def test_the_page_in_a_browser(tmp_path: Path) -> None:
+    """Nothing is loaded, nothing is wider than the window, from a phone to a large screen."""
+    runs = [Entry("", label, built([0.1, 0.3 * s], seed=s)) for label in ("random", "a" * 60) for s in range(5)]
+    page = (compare_runs(runs, tmp_path / "c").folder / "comparison.html").read_text()
+    for width in (390, 1280, 2560):
+        assert overflow(page, width, tmp_path / str(width))["page"] == 0, width
 
 
 # -- really run -------------------------------------------------------------------------------------------------------

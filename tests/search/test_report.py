@@ -436,3 +436,34 @@ def test_sorting_in_a_browser(tmp_path: Path) -> None:
     assert [sizes[i] for i in out["7"][0].split(",")[:12]] == sorted(sizes[i] for i in with_result)
     assert set(out["filter"].split(",")) == {str(t.number) for t in outcome.trials if t.status == "failed"}
     assert out["open"] == 1
+
+
+def overflow(page: str, width: int, folder: Path) -> dict[str, float]:
+    """By how many pixels a page and its table of candidates are wider than their room, all candidates opened."""
+    folder.mkdir()
+    page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page) + """<script>
+addEventListener("load", () => {
+  for (const row of document.querySelectorAll("tr.row")) row.click();
+  const root = document.documentElement, table = document.getElementById("candidates");
+  parent.postMessage(JSON.stringify({page: root.scrollWidth - root.clientWidth, pictures: document.querySelectorAll(
+    "img, svg").length, table: table ? table.offsetWidth - table.parentElement.clientWidth : 0}), "*"); });</script>"""
+    (folder / "page.html").write_text(page, encoding="utf-8")
+    # In a frame, since Chromium's windows are at least 500 wide.
+    (folder / "frame.html").write_text(
+        '<script>addEventListener("message", (e) => document.body.dataset.out = e.data)</script>'
+        f'<body><iframe src="page.html" width="{width}" height="900"></iframe>')
+    dom, console = browse((folder / "frame.html").as_uri(), folder / "profile", "--virtual-time-budget=5000",
+                          f"--window-size={width},900")
+    assert console == ""
+    found = re.search(r'data-out="([^"]*)"', dom)
+    assert found
+    out: dict[str, float] = json.loads(html.unescape(found[1]))
+    assert out.pop("pictures") > 0
+    return out
+
+
+@pytest.mark.slow
+def test_nothing_is_wider_than_the_window(tmp_path: Path) -> None:
+    page = render_report(make_outcome(12, text=HOSTILE))
+    for width in (390, 768, 2560):
+        assert overflow(page, width, tmp_path / str(width)) == {"page": 0, "table": 0}, width
