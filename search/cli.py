@@ -471,7 +471,7 @@ def _export(a: Namespace) -> None:
     if a.out is None:
         table.to_csv(sys.stdout, index=False)
     else:
-        print(f"{len(table):,} rows: {a.out}")
+        print(f"{len(table):,} row{'s' if len(table) != 1 else ''}: {a.out}")
 
 
 def _train(a: Namespace) -> None:
