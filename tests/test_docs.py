@@ -29,7 +29,8 @@ COMMANDS = [(p.stem, c) for p in PAGES for c in commands(p)]
 
 def run(args: list[str], cwd: Path, timeout: int = 300) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *args], cwd=cwd, capture_output=True, text=True, timeout=timeout,
-                          env={**{k: v for k, v in os.environ.items() if not k.startswith("WANDB_")},
+                          env={**{k: v for k, v in os.environ.items()
+                                  if not k.startswith(("WANDB_", "OPENAI_", "ANTHROPIC_"))},
                                "WANDB_MODE": "offline", "NETRC": str(cwd / "none")}, check=False)
 
 
