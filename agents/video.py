@@ -264,6 +264,7 @@ def _painter(agent: Agent, episode: Episode) -> Callable[[int], Image.Image]:
     wide += wide % 2
     split = left + (wide - left - 20) // 3
     peak = max((float(v.max()) for v in episode.importance.values()), default=0.0) or 1.0
+    places = 2 if peak >= 0.1 else 3
 
     def draw(i: int) -> Image.Image:
         image = Image.new("RGB", (wide, total_high), paper)
@@ -288,7 +289,7 @@ def _painter(agent: Agent, episode: Episode) -> Callable[[int], Image.Image]:
             base = y + row - 5
             pen.text((20, y + 2), name if len(name) < 15 else name[:14] + "…", ink, small)
             pen.rectangle((left, y + 4, left + max(1, (split - left - 60) * values[i] / peak), base), fill=colour)
-            pen.text((split - 52, y + 2), f"{values[i]:.2f}", soft, small)
+            pen.text((split - 52, y + 2), f"{values[i]:.{places}f}", soft, small)
             x0, w = split + 16, wide - 20 - split - 16
             pen.line((x0, base, x0 + w, base), fill=line)
             points = [(x0 + w * (k + 0.5) / n, base - (row - 8) * float(v) / peak) for k, v in enumerate(values)]

@@ -83,6 +83,7 @@ EXAMPLES = {
   lacer prompt runs/R 7 | less""",
     "sync": """examples:
   lacer sync runs/R
+  lacer sync comparisons/C
   WANDB_BASE_URL=https://wandb.example.org lacer sync runs/R""",
     "envs": """examples:
   lacer envs
@@ -252,8 +253,8 @@ def _parser() -> _Parser:
     p.add_argument("run", metavar="RUN", help="run folder, e.g. runs/R")
     p.add_argument("number", type=int, metavar="N", help="number of the trial, as in #N")
 
-    p = command("sync", "upload what a search logged offline to Weights & Biases")
-    p.add_argument("run", metavar="RUN", help="run folder, e.g. runs/R")
+    p = command("sync", "upload what a search or a comparison logged offline to Weights & Biases")
+    p.add_argument("run", metavar="RUN", help="folder of a run or of a comparison, e.g. runs/R")
 
     p = command("envs", "list environments, or show one: its sources, actions and objective")
     p.add_argument("env", nargs="?", default=None, metavar="ID", help="environment id; any that Gymnasium knows")
@@ -470,7 +471,7 @@ def _export(a: Namespace) -> None:
     if a.out is None:
         table.to_csv(sys.stdout, index=False)
     else:
-        print(f"{len(table):,} rows: {a.out}")
+        print(f"{len(table):,} row{'s' if len(table) != 1 else ''}: {a.out}")
 
 
 def _train(a: Namespace) -> None:
@@ -546,7 +547,7 @@ def _evaluate(a: Namespace) -> None:
         print(f"  {k:24} {mean:10.3f} {iqm:10.3f}  [{low:.3f}, {high:.3f}] {unit.get(k, '')}")
     if a.video is not None:
         print(f"Video: {a.video} (seed {a.seed}). Change of its actions when a source shows another moment, nats:")
-        print("  " + ", ".join(f"{k} {v:.2f}" for k, v in sorted(importance.items(), key=lambda x: -x[1])))
+        print("  " + ", ".join(f"{k} {v:.2g}" for k, v in sorted(importance.items(), key=lambda x: -x[1])))
 
 
 def _list(rows: dict[str, str]) -> None:

@@ -12,7 +12,7 @@ import shlex
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from lacer.envs import LacerError, Objective, did_you_mean
 from lacer.search.config import RESUMABLE, SearchConfig, merge, own_steps, resumed, validate, validate_as
-from lacer.search.files import read_config, write_config, write_whole
+from lacer.search.files import is_locked, locked, read_config, write_config, write_whole
 from lacer.search.outcome import WINNER
 from lacer.search.runs import StoredRun, StudyReader, read_run
 from lacer.search.storage import check_server, has_password
@@ -36,22 +36,33 @@ if TYPE_CHECKING:
 FILE = "comparison.yaml"
 _LABEL = re.compile(r"[\w+=,-][\w+=,. -]{0,59}")
 
+PER_DESIGNER = {"designer", "designer_kwargs", "designer_steps", "batch", "ahead", "space", "limits"} | {
+    f for f in SearchConfig.model_fields if f.startswith("llm")}
+"""Fields that may differ between the designers of a comparison."""
+
+FREE = {"seed", "workers", "timeout", "memory", "deterministic", "executor", "ray_address", "cpus_per_candidate",
+        "gpus_per_candidate", "storage", "study_name", "video"} | {
+            f for f in SearchConfig.model_fields if f.startswith("wandb")}
+"""Fields that may differ between all runs: they change no score, or only by chance."""
+
+_ENV = ("env", "env_kwargs", "eval_env_kwargs")
+_BUDGET = ("candidates", "max_env_steps", "max_seconds", "max_tokens")
+_SPACE = ("space", "limits")
+
 SAME: dict[str, tuple[str, ...]] = {
-    "env": ("env", "env_kwargs", "eval_env_kwargs"),
-    "protocol": ("protocol", "final_steps", "final_episodes", "text_model", "repeats", "expert", "expert_first"),
-    "budget": ("candidates", "max_env_steps", "max_seconds", "max_tokens"),
-    "space": ("space", "limits"),
+    "env": _ENV,
+    "protocol": tuple(f for f in SearchConfig.model_fields
+                      if f not in {*_ENV, *_BUDGET, *_SPACE, *FREE, *PER_DESIGNER}),
+    "budget": _BUDGET,
+    "space": _SPACE,
 }
-"""What runs must have in common to be compared, by the word that allows them to differ."""
+"""What runs must have in common to be compared, by the word that allows them to differ; ``protocol`` is all the rest,
+so a new field is compared unless it is named above."""
 
 PACKAGES = ("lacer", "torch", "stable-baselines3", "gymnasium", "numpy", "eclipse-sumo")
 """Packages whose versions must agree (``version``)."""
 
 ALLOW = (*SAME, "version")
-
-PER_DESIGNER = {"designer", "designer_kwargs", "designer_steps", "batch", "ahead", "space", "limits"} | {
-    f for f in SearchConfig.model_fields if f.startswith("llm")}
-"""Fields that may differ between the designers of a comparison."""
 
 PER_ENV = {"env", "env_kwargs", "eval_env_kwargs", "protocol", "space", "limits", "expert", "final_steps",
            "final_episodes", "text_model", "candidates", "max_env_steps"}
@@ -343,7 +354,7 @@ class _Runner:
         from lacer.search.loop import Shared, make_executor, run_search
 
         folder, config = search.folder(self._folder), search.placed(self._folder)
-        with _claimed(self._folder / "locks" / f"{search.name.replace('/', '%')}.lock") as mine:
+        with locked(self._folder / "locks" / f"{search.name.replace('/', '%')}.lock") as mine:
             if not mine:
                 return False
             if is_finished(folder, config):
@@ -436,27 +447,9 @@ class Part:
         """The comparison's display stays."""
 
 
-@contextlib.contextmanager
-def _claimed(path: Path) -> Iterator[bool]:
-    with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
 def is_compared(folder: Path) -> bool:
     """Whether a process of this machine is working on a comparison."""
-    try:
-        with (folder / "driver.lock").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
+    return is_locked(folder / "driver.lock", shared=True)
 
 
 def is_finished(folder: Path, config: SearchConfig) -> bool:
@@ -573,6 +566,7 @@ def check_comparable(entries: Sequence[Entry], allow: Sequence[str] = ()) -> tup
         raise LacerError("some of these runs searched with a function as the objective, others with an environment: "
                          "they cannot be compared")
     entries, notes = list(entries), []
+    defaults = SearchConfig().model_dump(mode="json")  # for fields that are younger than a run
     places = _places(entries)
     if any(e.env for e in entries):  # of one comparison, which says what its environments are
         groups = [[e for e in entries if e.env == env] for env in dict.fromkeys(e.env for e in entries)]
@@ -588,7 +582,7 @@ def check_comparable(entries: Sequence[Entry], allow: Sequence[str] = ()) -> tup
                 f"{metric}, {direction}d in {place}" for (metric, direction), place in objectives.items()))
         for word, keys in SAME.items():
             for key in keys:
-                notes += _differ(group, word, key, [e.run.config.get(key) for e in group], allow)
+                notes += _differ(group, word, key, [e.run.config.get(key, defaults[key]) for e in group], allow)
         for name in PACKAGES:
             found = [(e.run.versions.get("packages") or {}).get(name) for e in group]
             notes += _differ(group, "version", f"the version of {name}", found, allow)

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from lacer.search.bench_report import COLOURS, markdown_table
 from lacer.search.compare import FILE, SAME
 from lacer.search.compare_tables import AXES, Compared
-from lacer.search.drawing import clean
+from lacer.search.drawing import clean, decimals, number
 from lacer.search.export import frame, write_table
 from lacer.search.files import write_whole
 from lacer.search.outcome import dollars
@@ -91,8 +91,9 @@ def statements(compared: Compared) -> list[str]:
         for c, winner, loser in better:
             low, high = sorted((abs(c.low), abs(c.high)))
             share = c.improvement if winner == c.a else 1 - c.improvement
-            out.append(f"{where}{winner} is better than {loser}, by {_num(abs(c.difference))} [{_num(low)}, "
-                       f"{_num(high)}]; a search with it ends better in {share:.0%} of cases (p = {c.p:.2g}).")
+            by = _interval(abs(c.difference), low, high)
+            out.append(f"{where}{winner} is better than {loser}, by {by}; a search with it ends better in {share:.0%} "
+                       f"of cases (p = {c.p:.2g}).")
         if not better:
             seeds = sorted({len(v) for v in compared.tested(env).values()})
             least = compared.least_p(env)
@@ -160,7 +161,9 @@ def _env_sections(compared: Compared, env: str, suffix: str) -> list[Section]:
                 "is no separate final evaluation.")
     else:
         what = (f"Final {name} of each search’s winner, trained anew with another seed and evaluated on episodes that "
-                f"took no part in choosing it; {direction} is better. Not the scores that the search chose by.")
+                f"took no part in choosing it; {direction} is better. Not the scores that the search chose by. The "
+                "episodes are the same for all, so intervals cover the seeds of search and training, not the choice of "
+                "episodes.")
     few = min((len(v) for v in compared.scores(env).values()), default=0)
     # From benchmarks/coverage.py, as in docs/benchmarks.md.
     narrow = () if few > 8 or few < 2 else (
@@ -180,7 +183,8 @@ def _env_sections(compared: Compared, env: str, suffix: str) -> list[Section]:
         least = compared.least_p(env)
         out.append(Section(
             f"Pairs{suffix}", (
-                "Difference of the means, probability that a search with the first ends better than one with the "
+                ("Difference of the means" if compared.sign(env) > 0 else "How much lower the mean of the first is") +
+                ", probability that a search with the first ends better than one with the "
                 "second (both with 95 % bootstrap intervals), and p of the two-sided Mann–Whitney test, corrected for "
                 "the number of pairs (Holm). One is called better where the corrected test and the interval of the "
                 "difference agree at 5 %." + (
@@ -194,8 +198,8 @@ def _env_sections(compared: Compared, env: str, suffix: str) -> list[Section]:
     out.append(Section(
         f"Best so far{suffix}", (
             f"Best {name} so far by the scores that the searches chose by: interquartile mean over seeds, 95 % "
-            "bootstrap bands. The best of many noisy scores is too good to be true; what it is worth is in the final "
-            "ranking.",),
+            "bootstrap bands, from where all seeds have a result; a search that has ended keeps its last value. The "
+            "best of many noisy scores is too good to be true; what it is worth is in the final ranking.",),
         pictures={_file(compared, env, "best_so_far"): "Best so far against candidates, environment steps and time"}))
     reached = compared.reached[compared.reached["environment"] == env]
     if len(reached):
@@ -225,19 +229,20 @@ def _cost_section(compared: Compared, many: bool) -> Section:
             row += [f"{r[k]:,.0f}" for k in ("requests", "tokens_in", "tokens_out")]
             row += [f"{r['llm_seconds']:,.0f} s", "unknown" if np.isnan(r["us_dollars"]) else dollars(r["us_dollars"])]
         rows.append(row)
-    return Section("What a search cost", ("Mean over seeds. Environment steps are those of candidates’ trainings and "
-                                          "evaluations and of the designer’s own training; the final trainings come on "
-                                          "top." + ("" if llm else " No language model was asked."),),
-                   tuple(head), rows)
+    what = ("Mean over seeds. Environment steps are those of candidates’ trainings and evaluations and of the "
+            "designer’s own training; the final trainings come on top. Wall time is all of it.")
+    return Section("What a search cost", (what + ("" if llm else " No language model was asked."),), tuple(head), rows)
 
 
 def _rate_section(compared: Compared, many: bool) -> Section:
-    rows = [(_who(r, many), f"{r['proposals']:,}", f"{r['evaluated_rate']:.0%}", f"{r['duplicates_rate']:.0%}",
-             f"{r['invalid_rate']:.0%}", f"{r['failed_rate']:.0%}") for r in compared.rates.to_dict("records")]
+    names = ["evaluated", "duplicates", "invalid", "failed"] + (["pruned"] if compared.rates["pruned"].any() else [])
+    rows = [(_who(r, many), f"{r['proposals']:,}", *(f"{r[f'{n}_rate']:.0%}" for n in names))
+            for r in compared.rates.to_dict("records")]
     return Section("Proposals", ("Over all seeds: proposals that were valid, that repeated an encoder, that were no "
                                  "encoder of the space or broke its limits; and of the valid ones, those whose "
-                                 "training failed.",),
-                   ("designer", "proposals", "valid", "duplicates", "invalid", "failed"), rows)
+                                 "training failed" + (", and those ended early as hopeless." if "pruned" in names
+                                                      else "."),),
+                   ("designer", "proposals", "valid", *names[1:]), rows)
 
 
 def _searches_section(compared: Compared, many: bool) -> Section:
@@ -300,7 +305,8 @@ def _who(r: dict[str, Any], many: bool) -> str:
 def _num(x: float | None) -> str:
     if x is None or not math.isfinite(x):
         return "–"
-    return f"{x:,.3g}" if abs(x) < 1000 else f"{x:,.0f}"
+    text = f"{x:#,.3g}" if abs(x) < 1000 else f"{x:,.0f}"
+    return text.removesuffix(".").replace("-", "−")
 
 
 def _count(x: float) -> str:
@@ -308,7 +314,10 @@ def _count(x: float) -> str:
 
 
 def _interval(x: float, low: float, high: float) -> str:
-    return f"{_num(x)} [{_num(low)}, {_num(high)}]"
+    if not math.isfinite(low) or not math.isfinite(high):
+        return _num(x)
+    places = min(6, decimals(high - low) + 1)  # three digits of its width
+    return f"{number(x, places)} [{number(low, places)}, {number(high, places)}]"
 
 
 # -- pages ------------------------------------------------------------------------------------------------------------

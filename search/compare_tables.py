@@ -283,7 +283,8 @@ class Compared:
         columns = ["env_steps", "env_steps_of_designer", "env_steps_of_finals", "seconds", "requests", "tokens_in",
                    "tokens_out", "llm_seconds", "us_dollars"]
         table = self.searches.assign(us_dollars=self.searches["us_dollars"].astype(float))
-        return table.groupby(["environment", "designer"], sort=False)[columns].mean().reset_index()
+        groups = table.groupby(["environment", "designer"], sort=False)[columns]
+        return groups.agg(lambda v: v.mean(skipna=False)).reset_index()  # what one does not know, nobody knows
 
     @cached_property
     def rates(self) -> pd.DataFrame:
@@ -292,7 +293,8 @@ class Compared:
         table = self.searches.groupby(["environment", "designer"], sort=False)[columns].sum().reset_index()
         for name in ("evaluated", "duplicates", "invalid"):
             table[f"{name}_rate"] = table[name] / table["proposals"].clip(lower=1)
-        table["failed_rate"] = (table["failed"] + table["pruned"]) / table["evaluated"].clip(lower=1)
+        for name in ("failed", "pruned"):
+            table[f"{name}_rate"] = table[name] / table["evaluated"].clip(lower=1)
         return table
 
 

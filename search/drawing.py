@@ -339,7 +339,7 @@ def tick_labels(values: Sequence[float]) -> list[str]:
     """Labels with as many decimals as the step needs."""
     step = values[1] - values[0] if len(values) > 1 else 1.0
     places = max(0, -math.floor(math.log10(step) + 1e-9)) if step > 0 else 0
-    if places and any(abs(v * 10**places - round(v * 10**places)) > 1e-6 for v in values):
+    if any(abs(v * 10**places - round(v * 10**places)) > 1e-6 for v in values):
         places += 1
     return [count(v) if abs(v) >= 10_000 else number(v, places) for v in values]
 
@@ -548,10 +548,8 @@ class Column:
     winner: bool = False
 
 
-def heat_map(columns: Sequence[Column], rows: Mapping[str, str], label: str) -> str:
-    """Values from 0 to 1, or to the largest above that, by row and candidate; ``rows`` maps names to a CSS class.
-    Blank: no value."""
-    top = max([1.0, *(v for c in columns for v in c.values.values() if v is not None and math.isfinite(v))])
+def heat_map(columns: Sequence[Column], rows: Mapping[str, str], label: str, top: float = 1.0) -> str:
+    """Values from 0 to ``top`` by row and candidate; ``rows`` maps names to a CSS class. Blank: no value."""
     left, size = 88, 24
     step = max(6.0, min(46.0, 1000 / max(1, len(columns))))
     width, bottom = left + step * len(columns) + 4, size * len(rows) + 6
@@ -567,15 +565,15 @@ def heat_map(columns: Sequence[Column], rows: Mapping[str, str], label: str) -> 
             if v is None or not math.isfinite(v):
                 cells.append(f'<path class="blank" d="M{x + step / 2 - 1.5:.1f} {i * size + 12}h3"/>')
                 continue
-            level = max(0.0, v) / top
+            level = min(1.0, max(0.0, v) / top)
             tooltip = esc(_fit(f"{c.title}, {name}", 900))
             cells.append(f'<rect class="cell" x="{x:.1f}" y="{i * size + 1}" width="{step - 1:.1f}" '
                          f'height="{size - 2}" fill-opacity="{0.05 + 0.95 * level:.2f}"><title>{tooltip}: '
-                         f"{v:.2f}</title></rect>")
+                         f"{number(v, 2)}</title></rect>")
             if step >= 30:
-                ink = "over" if level > 0.72 else "between" if level > 0.5 else "under"
+                ink = "over" if level > 0.8 else "between" if level > 0.6 else "under"
                 cells.append(f'<text class="{ink}" x="{x + step / 2 - 0.5:.1f}" '
-                             f'y="{i * size + 16}" text-anchor="middle">{v:.2f}</text>')
+                             f'y="{i * size + 16}" text-anchor="middle">{number(v, 2)}</text>')
         out.append(f'<a href="#trial-{c.number}">{"".join(cells)}</a>')
         if c.winner:
             out.append(f'<rect class="frame" x="{x - 1:.1f}" y="0" width="{step + 1:.1f}" height="{size * len(rows)}" '

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,30 @@ def read_config(path: Path) -> dict[str, Any]:
         raise LacerError(f"{path} is damaged: its end is missing ({END.strip()!r}). Restore it from a copy; the file "
                          "was left as it is.")
     return data
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Holds a file's lock while the context lasts; gives whether it could, since one process at a time can."""
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def is_locked(path: Path, shared: bool = False) -> bool:
+    """Whether a process of this machine holds the lock of a file; ``shared``: also one that shares it with others."""
+    try:
+        with path.open() as lock:
+            fcntl.flock(lock, (fcntl.LOCK_EX if shared else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ class Importance:
     """Share of the objective's variance that each decision explains by itself.
 
     Attributes:
-        shares: by decision, the largest first; they sum to 1 over the decisions that were looked at.
+        shares: by decision, the largest first; what is missing to 1 lies in combinations of decisions.
         trials: how many results they rest on.
         options: per decision how many options were tried.
     """
@@ -42,7 +42,7 @@ def decision_importance(trials: Sequence[Trial]) -> Importance | None:
     """Functional ANOVA of a random forest (Hutter et al. 2014, ICML), as Optuna computes it.
 
     Only decisions that every encoder takes are looked at: which block for each source, and which fusion. The fields of
-    a block are chosen only where it is, too seldom for an estimate.
+    a block are chosen only where it is, too seldom for an estimate (unless all have that block).
 
     Returns:
         None with fewer than :data:`ENOUGH` results, without differences between them, or without a varying decision.
@@ -66,7 +66,7 @@ def decision_importance(trials: Sequence[Trial]) -> Importance | None:
         study.add_trials([optuna.trial.create_trial(params={d: repr(p[d]) for d in kinds}, distributions=dict(kinds),
                                                     value=t.objective) for t, p in zip(done, points, strict=True)])
         found = optuna.importance.get_param_importances(
-            study, evaluator=optuna.importance.FanovaImportanceEvaluator(n_trees=TREES, seed=0))
+            study, evaluator=optuna.importance.FanovaImportanceEvaluator(n_trees=TREES, seed=0), normalize=False)
     shares = {d: float(v) for d, v in sorted(found.items(), key=lambda x: -x[1])}
     if not shares or not all(map(math.isfinite, shares.values())):
         return None

@@ -40,7 +40,7 @@ from lacer.search.designers.spark import rates
 from lacer.search.designers.training import TrainingDesigner
 from lacer.search.engine import MAX_REJECTIONS, Budget, Engine, Listener
 from lacer.search.executors import Event, Executor, InProcess, ProcessPool, clean_environment
-from lacer.search.files import read_json, write_config, write_whole
+from lacer.search.files import is_locked, read_json, write_config, write_whole
 from lacer.search.outcome import EXPERT, NOOP, WINNER, Outcome, describe_usage, total_usage
 from lacer.search.progress import Display, clock, result_line
 from lacer.search.space import EncoderSpace, Point, SearchSpace, load_space, read_space
@@ -334,14 +334,7 @@ def only_driver(folder: Path) -> Iterator[None]:
 
 def is_driven(folder: Path) -> bool:
     """Whether a process of this machine is working on a run folder."""
-    try:
-        with (folder / "driver.lock").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
+    return is_locked(folder / "driver.lock")
 
 
 @contextlib.contextmanager

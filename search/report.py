@@ -18,7 +18,7 @@ import yaml
 from markupsafe import Markup, escape
 
 from lacer.agents import Evaluation
-from lacer.agents.probes import MEANING
+from lacer.agents.probes import MEANING, TOLD
 from lacer.encoders import EncoderSpec
 from lacer.envs import LacerError
 from lacer.search.drawing import (
@@ -331,8 +331,10 @@ def _decisions(outcome: Outcome) -> dict[str, Any]:
                                     f"{ENOUGH} are needed." if done < ENOUGH else
                                     "The candidates do not differ enough to tell which decisions mattered.")}
     options = ", ".join(f"{_name_of(d)} {n}" for d, n in found.options.items())
+    rest = max(0.0, 1 - sum(found.shares.values()))
     return {"svg": Markup(bars_plot({_name_of(d): v for d, v in found.shares.items()}, "importance of each decision")),
-            "note": f"From {found.trials} results; options that were tried: {options}."
+            "note": f"The rest, {rest:.0%}, lies in combinations of decisions. From {found.trials} results; options "
+                    f"that were tried: {options}."
                     + (" With so few results the order may change." if found.trials < 50 else "")}
 
 
@@ -378,10 +380,20 @@ def _probes(outcome: Outcome, best: Trial | None) -> list[dict[str, Any]]:
     for probe, text in meaning.items():
         columns = [Column(t.number, f"#{t.number}", _probe_values(t.evaluation, probe), t is best)
                    for t in ranked if t.evaluation is not None]
-        if any(c.values for c in columns):
-            out.append({"name": probe.replace("_", " "), "meaning": text,
-                        "svg": Markup(heat_map(columns, rows, f"{probe} by source and candidate"))})
+        values = [v for c in columns for v in c.values.values() if math.isfinite(v)]
+        if values:
+            top = max(1.0, *values)
+            out.append({"name": _probe_title(probe), "meaning": text, "top": number(top, 0 if top == 1 else 1),
+                        "first": probe in TOLD or probe not in MEANING,
+                        "svg": Markup(heat_map(columns, rows, f"{probe} by source and candidate", top))})
     return out
+
+
+def _probe_title(probe: str) -> str:
+    """``mi_return`` -> ``MI return``."""
+    words = probe.replace("_", " ").split(" ")
+    text = " ".join({"mi": "MI", "r2": "R²"}.get(w, w) for w in words)
+    return text[:1].upper() + text[1:]
 
 
 def _probe_values(e: Evaluation, probe: str) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""``lacer sync RUN``: uploads what a search logged offline, with W&B's own ``wandb sync``."""
+"""``lacer sync RUN``: uploads what a search or a comparison logged offline, with W&B's own ``wandb sync``."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import sys
 from pathlib import Path
 
 from lacer.envs import LacerError
+from lacer.search.export import COMPARISON
 from lacer.search.wandb_files import log_files, scan
 from lacer.search.wandb_tracker import logged_in, server
 
 
 def sync(folder: Path, timeout: float = 3600) -> str:
-    """Uploads the offline files of a run folder that are not uploaded yet; a resumed search's parts in their order.
+    """Uploads the offline files of a run folder, or of all runs of a comparison's, that are not uploaded yet; a resumed
+    search's parts in their order.
 
     Args:
-        folder: the run folder.
+        folder: of the run or the comparison.
         timeout: seconds after which it is given up; W&B tries an unreachable server for hours.
 
     Returns:
@@ -24,11 +26,10 @@ def sync(folder: Path, timeout: float = 3600) -> str:
     Raises:
         LacerError: no run there, nothing logged offline, no login, or W&B could not take (all of) it.
     """
-    if not (folder / "config.yaml").is_file():
-        raise LacerError(f"{folder} is no run: it has no {'config.yaml' if folder.is_dir() else 'such folder'}")
-    files = log_files(folder, offline=True)
+    runs = _runs(folder)
+    files = [p for run in runs for p in log_files(run, offline=True)]
     if not files:
-        online = " It was logged online." if log_files(folder) else " W&B was off (--wandb off)."
+        online = " It was logged online." if any(map(log_files, runs)) else " W&B was off (--wandb off)."
         raise LacerError(f"{folder} has nothing to upload to W&B.{online}")
     left = [p for p in files if not _done(p)]
     if not left:
@@ -47,6 +48,17 @@ def sync(folder: Path, timeout: float = 3600) -> str:
                          "missing can be uploaded by the same command again. W&B says:\n" + "\n".join(errors[:5]))
     note = f" {len(cut)} of them end in the middle, because the search was killed." if cut else ""
     return f"Uploaded {len(left)} W&B file{'s' if len(left) != 1 else ''} of {folder} to {server()}.{note}"
+
+
+def _runs(folder: Path) -> list[Path]:
+    """The run folder itself, or those of a comparison."""
+    if (folder / COMPARISON).is_file():
+        from lacer.search.compare import read_comparison
+
+        return [s.folder(folder) for s in read_comparison(folder).searches()]
+    if not (folder / "config.yaml").is_file():
+        raise LacerError(f"{folder} is no run: it has no {'config.yaml' if folder.is_dir() else 'such folder'}")
+    return [folder]
 
 
 def _run(command: list[str], timeout: float) -> str:

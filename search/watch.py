@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,14 +42,15 @@ def watch(place: str, say: Say, *, study_name: str | None = None, interval: floa
     if "://" in place:
         with StudyReader(place, study_name) as reader:
             config: dict[str, Any] = {}
-            return _follow(reader, reader.name, config, lambda: True, say, interval, wait)
+            return _follow(reader, reader.name, config, lambda: True, say, interval, wait, "")
     folder = Path(place)
     if (folder / COMPARISON).exists():
         return _watch_comparison(folder, say, interval, wait)
     return _watch_folder(folder, say, interval, wait)
 
 
-def _watch_folder(folder: Path, say: Say, interval: float, wait: Callable[[float], None], prefix: str = "") -> bool:
+def _watch_folder(folder: Path, say: Say, interval: float, wait: Callable[[float], None], prefix: str = "",
+                  comparison: Path | None = None) -> bool:
     run = _begun(folder, interval, wait)
     if run is None:
         return False
@@ -56,8 +58,13 @@ def _watch_folder(folder: Path, say: Say, interval: float, wait: Callable[[float
     url = str(config.get("storage") or f"sqlite:///{(folder / 'study.db').resolve()}")
     name = str(config["study_name"]) if config.get("storage") else None
     with StudyReader(url, name) as reader:
+        again = f"search --resume {shlex.quote(str(folder))}" if comparison is None else _again(comparison)
         return _follow(reader, str(folder), config, lambda: is_driven(folder), lambda text: say(prefix + text),
-                       interval, wait)
+                       interval, wait, again)
+
+
+def _again(comparison: Path) -> str:
+    return f"compare --resume {shlex.quote(str(comparison))}"
 
 
 def _begun(folder: Path, interval: float, wait: Callable[[float], None]) -> StoredRun | None:
@@ -89,21 +96,21 @@ def _watch_comparison(folder: Path, say: Say, interval: float, wait: Callable[[f
         running = next((s for s in searches if s not in finished and is_driven(s.folder(folder))), None)
         if running is not None:
             idle = 0.0
-            if _watch_folder(running.folder(folder), say, interval, wait, f"{running.name}: "):
+            if _watch_folder(running.folder(folder), say, interval, wait, f"{running.name}: ", folder):
                 told.add(running.name)
             continue
         if is_compared(folder):
             idle = 0.0
         elif idle >= IDLE:
             say(f"No process of this machine is working on it; {len(finished)} of {len(searches)} searches are "
-                f"finished. To go on: lacer compare --resume {folder}")
+                                    f"finished. To go on: lacer {_again(folder)}")
             return False
         wait(interval)
         idle += interval
 
 
 def _follow(reader: StudyReader, place: str, config: dict[str, Any], driven: Callable[[], bool], say: Say,
-            interval: float, wait: Callable[[float], None]) -> bool:
+            interval: float, wait: Callable[[float], None], again: str) -> bool:
     told, finals = set[int](), set[str]()
     objective, best, of = reader.objective, None, config.get("candidates")
     sign = objective.signed(1.0)
@@ -133,8 +140,7 @@ def _follow(reader: StudyReader, place: str, config: dict[str, Any], driven: Cal
             say(f"Finished after {clock(run.seconds)}: {_result(run)}" + (f" ({run.ended})" if run.ended else ""))
             return True
         if not alive:
-            say(f"No process of this machine is working on it; {done} candidates are done. To go on: lacer search "
-                f"--resume {place}")
+            say(f"No process of this machine is working on it; {done} candidates are done. To go on: lacer {again}")
             return False
         wait(interval)
 

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
+from lacer.search.cli import main
+
 TINY: dict[str, Any] = {
     "env": "lacer/KnownSources-v0",
     "env_kwargs": {"sources": ["position", "words", "noise"]},
@@ -28,6 +30,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("config") / "tiny.yaml"
     path.write_text(yaml.safe_dump(TINY))
     return path
+
+
+def run(args: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """``lacer ARGS`` in this process: exit code, standard output, standard error."""
+    code = 0
+    try:
+        main(args)
+    except SystemExit as e:
+        code = int(e.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
 
 
 Start = Callable[..., "subprocess.Popen[str]"]

@@ -9,23 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lacer.search.cli import main
 from lacer.search.config import validate
 from lacer.search.loop import plan
 from lacer.search.presets import presets, read_yaml
-from tests.search.conftest import TINY
+from tests.search.conftest import TINY, run
 
 ENV = ["--env", "lacer/KnownSources-v0"]
-
-
-def run(args: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    code = 0
-    try:
-        main(args)
-    except SystemExit as e:
-        code = int(e.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 @pytest.mark.parametrize(("args", "message"), [

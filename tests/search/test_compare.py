@@ -26,9 +26,11 @@ import lacer.configs as configs
 from lacer.agents import Cost, Evaluation
 from lacer.envs import LacerError, Objective
 from lacer.search import Decision, SearchSpace, search
-from lacer.search.cli import main
 from lacer.search.compare import (
     ALLOW,
+    FREE,
+    PER_DESIGNER,
+    SAME,
     ComparisonConfig,
     Entry,
     check_comparable,
@@ -41,14 +43,15 @@ from lacer.search.compare import (
     run_comparison,
 )
 from lacer.search.compare_report import sections, statements
-from lacer.search.config import validate_as
+from lacer.search.config import SearchConfig, validate_as
 from lacer.search.designers.base import Designer, register_designer
 from lacer.search.designers.random_search import RandomSearch
 from lacer.search.presets import presets, read_yaml
 from lacer.search.runs import StoredRun, StoredTrial, read_run
 from lacer.search.study import Proposal, Study
 from tests import helper_objectives
-from tests.search.conftest import TINY, Lacer, Start
+from tests.search.conftest import TINY, Lacer, Start, run
+from tests.search.test_report import overflow
 
 SPACE = SearchSpace([Decision(f"d{i}", (0, 1, 2, 3)) for i in range(8)])
 BEGIN = datetime(2026, 1, 1)
@@ -116,6 +119,7 @@ def test_a_designer_made_worse_on_purpose_is_found_and_two_alike_are_not_told_ap
     # The other way round where lower is better.
     flipped = [replace(e, run=replace(e.run, objective=Objective("score", "", "minimize"))) for e in groups]
     lower = gather(flipped, tmp_path)
+    assert "How much lower the mean of the first is" in next(s for s in sections(lower) if s.title == "Pairs").text[0]
     assert not any(c.better.startswith("random") for c in lower.pairs[""])
 
 
@@ -208,10 +212,28 @@ def test_rates_and_levels_by_hand(tmp_path: Path) -> None:
     c = gather([Entry("", "d", a), Entry("", "d", b)], tmp_path, levels=(0.9, 0.93))
     rates = c.rates.iloc[0]
     assert (rates["proposals"], rates["evaluated"], rates["duplicates"], rates["invalid"]) == (12, 8, 2, 2)
-    assert rates["failed_rate"] == pytest.approx(1 / 8)
+    assert (rates["failed_rate"], rates["pruned_rate"]) == (pytest.approx(1 / 8), 0)
     reached = c.reached.set_index("score")
     assert (reached.loc[0.9, "share"], reached.loc[0.9, "median"]) == (1.0, 3)
     assert (reached.loc[0.93, "share"], reached.loc[0.93, "median"]) == (0.5, np.inf)
+
+
+def test_pruned_is_not_failed_and_unknown_money_is_not_none(tmp_path: Path) -> None:
+    a, b = built([0.1, 0.2, None, None]), built([0.3], seed=1)
+    trials = list(a.trials)
+    trials[3] = replace(trials[3], trial=replace(trials[3].trial, status="pruned"))
+    paid = [replace(t, trial=replace(t.trial, proposal=replace(t.trial.proposal, meta={"requests": 1})))
+            for t in b.trials]
+    runs = [replace(a, trials=tuple(trials)), replace(b, trials=tuple(paid))]
+    c = gather([Entry("", "d", run) for run in runs], tmp_path)
+    rates = c.rates.iloc[0]
+    assert (rates["failed_rate"], rates["pruned_rate"]) == (pytest.approx(1 / 5), pytest.approx(1 / 5))
+    proposals = next(s for s in sections(c) if s.title == "Proposals")
+    assert proposals.head[-1] == "pruned"
+    assert proposals.rows[0][-2:] == ("20%", "20%")
+    assert np.isnan(c.costs.loc[0, "us_dollars"]), "one search is free, of the other nobody knows"
+    cost = next(s for s in sections(c) if s.title == "What a search cost")
+    assert cost.rows[0][-1] == "unknown"
 
 
 def test_reported_scores_are_not_those_that_chose(tmp_path: Path) -> None:
@@ -268,6 +290,19 @@ def test_runs_that_are_not_alike(change: dict[str, Any], message: str, allow: st
             assert len({e.env for e in checked}) == 2
         else:
             assert notes[0].startswith("The runs differ in")
+
+
+def test_every_field_of_a_configuration_is_alike_or_free() -> None:
+    """A field that is added later is compared unless it is said that it may differ; runs that are older than it had its
+    default."""
+    known = {k for keys in SAME.values() for k in keys}
+    assert not known & FREE
+    assert known | FREE | PER_DESIGNER == set(SearchConfig.model_fields)
+    assert {"protocol", "final_steps", "final_episodes", "text_model", "repeats", "expert"} <= set(SAME["protocol"])
+    old, new = (played(RandomSearch(s), s, 2, c) for s, c in enumerate(({}, {"repeats": "reject"})))
+    assert len(check_comparable([Entry("", "x", old), Entry("", "x", new)])[0]) == 2
+    free = replace(new, config={**new.config, "workers": 7, "wandb": "off", "deterministic": True})
+    assert "wall times cannot be compared" in check_comparable([Entry("", "x", old), Entry("", "x", free)])[1][0]
 
 
 def test_runs_that_never_can_be_compared() -> None:
@@ -359,16 +394,6 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
         search(space=SPACE, objective=helper_objectives.smooth, designer=name, seed=seed, candidates=6, quiet=True,
                out=folder / f"{name}-{seed}")
     return folder
-
-
-def run(args: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    code = 0
-    try:
-        main(args)
-    except SystemExit as e:
-        code = int(e.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 def test_finished_runs_from_the_command_line(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -481,6 +506,15 @@ def test_hostile_names_are_inert(tmp_path: Path) -> None:
     assert "\\<script\\>" in text
 
 
+@pytest.mark.slow
+def test_the_page_in_a_browser(tmp_path: Path) -> None:
+    """Nothing is loaded, nothing is wider than the window, from a phone to a large screen."""
+    runs = [Entry("", label, built([0.1, 0.3 * s], seed=s)) for label in ("random", "a" * 60) for s in range(5)]
+    page = (compare_runs(runs, tmp_path / "c").folder / "comparison.html").read_text()
+    for width in (390, 1280, 2560):
+        assert overflow(page, width, tmp_path / str(width))["page"] == 0, width
+
+
 # -- really run -------------------------------------------------------------------------------------------------------
 
 
@@ -500,6 +534,16 @@ class Blind(RandomSearch):
         return out
 
 
+@register_designer
+class Other(RandomSearch):
+    """Random with other random numbers, so neither better nor worse; for tests."""
+
+    name: ClassVar[str] = "test-other"
+
+    def rng(self, study: Study) -> np.random.Generator:
+        return np.random.default_rng([self.seed, len(study), 7])
+
+
 BASE: dict[str, Any] = {
     "env": "lacer/KnownSources-v0", "env_kwargs": {"sources": ["position", "noise"]}, "candidates": 3,
     "text_model": "hash", "wandb": "off", "workers": 2, "expert_first": False, "final_steps": 1024,
@@ -510,17 +554,21 @@ BASE: dict[str, Any] = {
 
 @pytest.mark.slow
 def test_a_planted_difference_in_real_trainings(tmp_path: Path) -> None:
-    config = ComparisonConfig(base=BASE, seeds=(0, 1, 2, 3), designers={
-        "random": {"designer": "random"}, "blind": {"designer": "test-blind"}})
+    """Three designers, five seeds: that which was made worse is found, the two that are alike are not told apart."""
+    config = ComparisonConfig(base=BASE, designers={
+        "random": {"designer": "random"}, "blind": {"designer": "test-blind"}, "other": {"designer": "test-other"}})
     c = run_comparison(config, tmp_path / "c", quiet=True)
-    [said] = statements(c)
-    assert said.startswith("random is better than blind")
+    first, second, third = statements(c)
+    assert first.startswith("random is better than blind")
+    assert second.startswith("other is better than blind")
+    assert third == "The other pairs cannot be told apart."
+    assert list(c.ranking["designer"])[-1] == "blind"
     assert c.ranking.set_index("designer").loc["blind", "high"] < 0.2, "nothing can be gained without the source"
     assert c.searches["final_expert"].notna().all()
     first = read_run(tmp_path / "c" / "runs" / "random-0")
     chosen = {s for t in first.results for s in (t.trial.evaluation or Evaluation()).episode_seeds}
     assert not chosen & set(first.finals["winner"].episode_seeds), "reported on other episodes than it was chosen by"
-    assert read_comparison(tmp_path / "c").seeds == (0, 1, 2, 3)
+    assert read_comparison(tmp_path / "c").seeds == (0, 1, 2, 3, 4)
 
 
 def state(folder: Path) -> dict[str, list[tuple[Any, ...]]]:

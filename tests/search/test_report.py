@@ -223,6 +223,24 @@ def test_the_expert_wins() -> None:
     assert f"{steps + 40_320 + 320:,}" in text
 
 
+def test_probes_have_a_scale_of_their_own() -> None:
+    outcome = make_outcome(6, failed=0, rejected=0)
+    first, e = outcome.trials[0], outcome.trials[0].evaluation
+    assert e is not None
+    probes = {**e.probes, "fused": {**e.probes["fused"], "mi_return": 3.26, "unique_r2": -0.001}}
+    pruned = replace(outcome.trials[1], status="pruned", evaluation=Evaluation(status="pruned", reason="hopeless"))
+    page = render_report(replace(outcome, trials=(
+        replace(first, evaluation=e.model_copy(update={"probes": probes})), pruned, *outcome.trials[2:])))
+    told, more = page.split('<details><summary>2 more: MI return, Unique R²</summary>')
+    assert "<h3>Effective rank</h3>" in told
+    scale = '<span class="ramp"></span>'
+    nats, unique = more.split("<h3>Unique R²</h3>")
+    assert f"{scale}3.3</span>" in nats
+    assert f"{scale}1</span>" in unique
+    assert "-0.00" not in unique.split("</figure>")[0]
+    assert "5 finished · 1 pruned" in page
+
+
 def test_no_noop_action_means_random_actions() -> None:
     outcome = make_outcome()
     outcome = replace(outcome, card=replace(outcome.card, noop=None))
@@ -321,6 +339,8 @@ def test_numbers() -> None:
                                                                              "1.3M"]
     assert [number(x, 2) for x in (-0.5, -0.001, None, float("nan"))] == ["−0.50", "0.00", "–", "–"]
     assert [duration(s) for s in (3.21, 245, 7800)] == ["3.2 s", "4 min 05 s", "2 h 10 min"]
+    assert tick_labels([-7.5, -5.0, -2.5, 0.0]) == ["−7.5", "−5.0", "−2.5", "0.0"]
+    assert tick_labels([0.0, 25.0, 50.0]) == ["0", "25", "50"]
     assert tick_labels(ticks(0, 1)) == ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]
     for low, high in ((0, 1e-9), (-1e12, 1e12), (5, 5.0001)):
         assert 2 <= len(ticks(low, high)) <= 12
@@ -416,3 +436,34 @@ def test_sorting_in_a_browser(tmp_path: Path) -> None:
     assert [sizes[i] for i in out["7"][0].split(",")[:12]] == sorted(sizes[i] for i in with_result)
     assert set(out["filter"].split(",")) == {str(t.number) for t in outcome.trials if t.status == "failed"}
     assert out["open"] == 1
+
+
+def overflow(page: str, width: int, folder: Path) -> dict[str, float]:
+    """By how many pixels a page and its table of candidates are wider than their room, all candidates opened."""
+    folder.mkdir()
+    page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page) + """<script>
+addEventListener("load", () => {
+  for (const row of document.querySelectorAll("tr.row")) row.click();
+  const root = document.documentElement, table = document.getElementById("candidates");
+  parent.postMessage(JSON.stringify({page: root.scrollWidth - root.clientWidth, pictures: document.querySelectorAll(
+    "img, svg").length, table: table ? table.offsetWidth - table.parentElement.clientWidth : 0}), "*"); });</script>"""
+    (folder / "page.html").write_text(page, encoding="utf-8")
+    # In a frame, since Chromium's windows are at least 500 wide.
+    (folder / "frame.html").write_text(
+        '<script>addEventListener("message", (e) => document.body.dataset.out = e.data)</script>'
+        f'<body><iframe src="page.html" width="{width}" height="900"></iframe>')
+    dom, console = browse((folder / "frame.html").as_uri(), folder / "profile", "--virtual-time-budget=5000",
+                          f"--window-size={width},900")
+    assert console == ""
+    found = re.search(r'data-out="([^"]*)"', dom)
+    assert found
+    out: dict[str, float] = json.loads(html.unescape(found[1]))
+    assert out.pop("pictures") > 0
+    return out
+
+
+@pytest.mark.slow
+def test_nothing_is_wider_than_the_window(tmp_path: Path) -> None:
+    page = render_report(make_outcome(12, text=HOSTILE))
+    for width in (390, 768, 2560):
+        assert overflow(page, width, tmp_path / str(width)) == {"page": 0, "table": 0}, width

@@ -20,12 +20,13 @@ from lacer.search import Decision, Proposal, SearchSpace, StoredStudy, search
 from lacer.search.cli import main
 from lacer.search.config import validate
 from lacer.search.export import export
+from lacer.search.files import write_config
 from lacer.search.loop import is_driven, only_driver, plan
 from lacer.search.outcome import WINNER
 from lacer.search.presets import presets, read_yaml
 from lacer.search.runs import StudyReader, read_run
 from lacer.search.storage import sqlite_url
-from lacer.search.watch import watch
+from lacer.search.watch import IDLE, watch
 from tests import helper_objectives
 from tests.search.conftest import TINY, Lacer
 
@@ -124,9 +125,19 @@ def test_watch_ends_with_the_process(folder: Path) -> None:
     study.close()
     assert not watch(str(folder), said.append)
     assert said[-1] == (f"No process of this machine is working on it; 6 candidates are done. To go on: lacer search "
-                        f"--resume {folder}")
+                        f"--resume '{folder}'")
     with pytest.raises(LacerError, match="no such folder"):
         watch(str(folder / "nothing"), said.append)
+
+
+def test_watch_of_a_comparison_that_is_left(tmp_path: Path) -> None:
+    folder, said, waited = tmp_path / "a comparison", list[str](), list[float]()
+    folder.mkdir()
+    write_config(folder / "comparison.yaml", {"seeds": [0, 1], "designers": {"random": {"designer": "random"}}})
+    assert not watch(str(folder), said.append, interval=5.0, wait=waited.append)
+    assert sum(waited) == IDLE, "another process may be starting"
+    assert said == ["No process of this machine is working on it; 0 of 2 searches are finished. To go on: lacer "
+                    f"compare --resume '{folder}'"]
 
 
 def test_a_look_at_the_lock_stops_no_search(folder: Path) -> None:

@@ -21,6 +21,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lacer.envs import LacerError
+from lacer.search.files import write_config
 from lacer.search.outcome import Outcome
 from lacer.search.tracking import Media, TensorBoard, Totals, decisions, key, scalars
 from lacer.search.wandb_files import log_files, scan
@@ -171,6 +172,21 @@ def test_a_resumed_search_continues_its_run(tmp_path: Path, server: WandBServer)
     assert "KnownSources-v0-encoder" in names
     assert len(server.used) == 1
     assert "were uploaded before" in sync(folder)
+
+
+def test_all_runs_of_a_comparison_are_synced(tmp_path: Path, server: WandBServer) -> None:
+    config = {"base": {}, "seeds": [0, 1], "designers": {"random": {"designer": "random"}}}
+    write_config(tmp_path / "comparison.yaml", config)
+    with pytest.raises(LacerError, match="W&B was off"):
+        sync(tmp_path)
+    outcome = make_outcome(2, failed=0, rejected=0)
+    (tmp_path / "runs").mkdir()
+    for seed in range(2):
+        folder = tmp_path / "runs" / f"random-{seed}"
+        log_all(tracker(folder, run_id=f"id{seed}"), outcome, folder)
+    assert "Uploaded 2 W&B files" in sync(tmp_path)
+    assert {"id0", "id1"} <= set(server.runs)
+    assert "All 2 W&B files" in sync(tmp_path)
 
 
 def test_online(tmp_path: Path, server: WandBServer) -> None:
