@@ -120,9 +120,13 @@ class _Parser(ArgumentParser):
         elif message.startswith("ambiguous option"):
             message = re.sub(r"((?:[^,]+,){3}).*", r"\1 ...", message)
         command = self.prog.replace(" COMMAND", "").replace(" [options]", "").replace("bench-make", "bench make")
-        required = re.search(r"required: (\S+)\.(\S+)$", message)
-        if required is not None and "." not in required[1]:  # the command's own argument, told by the parser above it
-            message, command = f"{required[1]} needs {required[2].upper()}", f"{command} {required[1]}"
+        required = re.findall(r"([\w-]+)\.(\w+)", message) if "are required: " in message else []
+        if required:  # arguments of the command, told by the parser above it
+            name = required[0][0]
+            below = next(a.choices[name] for a in self._actions if name in (a.choices or ()))
+            missing = [a for a in below._actions if a.dest in [key for _, key in required]]
+            message = f"{name} needs {' and '.join((a.option_strings or [a.metavar])[0] for a in missing)}"
+            command = f"{command} {name}"
         fail(f"{message}\nSee `{command} --help`.")
 
     def _wrong_value(self, key: str, message: str) -> str:

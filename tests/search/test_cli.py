@@ -39,7 +39,7 @@ def run(args: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, 
     (["search", *ENV, "--env-kwargs", '{"sorces": ["noise"]}'], "does not take these arguments"),
     (["search", *ENV, "--env-kwargs", '{"sources": ["positon"]}'], "did you mean 'position'"),
     (["search", *ENV, "--designer", "evolutoin"], "did you mean 'evolution'"),
-    (["search", *ENV, "--wandb-runs", "both"], "wandb_runs"),
+    (["search", *ENV, "--wandb-runs", "both"], "--wandb-runs must be one of search, candidate, not 'both'"),
     (["sync", "runs/nothing"], "runs/nothing is no run"),
     (["evaluate", "runs/nothing", "--video", "out.avi"], "the name of a video ends in .gif or .mp4"),
     (["search", *ENV, "--candidates", "0"], "--candidates: Input should be greater than or equal to 1"),
@@ -75,7 +75,7 @@ def run(args: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, 
     (["export", ".", "--out", "x.xlsx"], "must end in .csv, .csv.gz or .parquet"),
     (["evaluate", "/does/not/exist"], "is no agent"),
     (["evaluate", ".", "--episodes", "0"], "--episodes must be at least 1"),
-    (["train"], "encoder"),
+    (["train"], "train needs --encoder\nSee `lacer train --help`."),
     (["train", "--encoder", "/does/not/exist.json", *ENV], "cannot read the encoder file"),
     (["train", "--encoder", "/does/not/exist.json", *ENV, "--steps", "0"], "--steps must be at least 1"),
     (["train", "--encoder", "x.json", *ENV, "--seed", "-1"], "--seed must lie between 0 and 2147483647, not -1"),
@@ -95,7 +95,8 @@ def run(args: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, 
     (["search", "--env", "tests.search.broken:Env-v0"], "cannot import 'tests.search.broken'"),
     (["bench", "--function", "tests.search.broken:f", "--space", "a:b"], "cannot import"),
     (["bench", "make", "--seeds", "few"], "--seeds must be a whole number, not 'few'\nSee `lacer bench make --help`."),
-    (["prompt", "runs/R"], "prompt needs NUMBER\nSee `lacer prompt --help`."),
+    (["prompt", "runs/R"], "prompt needs N\nSee `lacer prompt --help`."),
+    (["prompt"], "prompt needs RUN and N\nSee `lacer prompt --help`."),
     (["prompt", "runs/R", "x"], "number must be a whole number, not 'x'\nSee `lacer prompt --help`."),
     (["prompt", "runs/R", "1"], "runs/R is no run"),
     (["watch", "/dev/null"], "/dev/null is no run"),
@@ -135,7 +136,7 @@ def test_wrong_config_file(change: dict, message: str, capsys: pytest.CaptureFix
     ("- a\n- b", "expected keys and values"), ("just words", "expected keys and values"), ("", "expected keys and val"),
     ("a: [", "is not YAML, line 1, column 5: "), ("a: !!python/object/apply:os.system [id]", "could not"),
     ("seed: 1\nprotocol:\n  steps: 2\n  steps: 3\n", "line 4, column 3: the key 'steps' is given twice"),
-    ("a: 2026-13-99", "is not YAML: month must be in 1..12"), ("[" * 9000, "is not YAML"),
+    ("a: 2026-13-99", "is not YAML: month must be in 1..12"),
 ])
 def test_config_that_is_no_mapping(text: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "my.yaml"
@@ -173,7 +174,7 @@ def test_a_bench_does_not_write_into_a_folder_of_something_else(capsys: pytest.C
     table.write_text("arch,score\n00,1\n01,2\n")
     code, _, err = run(["bench", "--table", str(table), "--out", str(tmp_path)], capsys)
     assert code == 2
-    assert "holds no comparison of `lacer bench`" in err
+    assert "holds something else, no comparison of `lacer bench`" in err
     assert list(tmp_path.iterdir()) == [table]
 
 

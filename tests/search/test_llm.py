@@ -168,6 +168,14 @@ def test_garbage_for_ever_ends_in_evolution(serve: Any, study: Study) -> None:
     record(study, made)
 
 
+def test_a_long_reply_does_not_go_back_whole(serve: Any, study: Study) -> None:
+    server = serve({"text": "no ", "times": 30_000}, answer(spec(128)))
+    made = designer(server).propose(study, 1)
+    assert [bool(p.rejected) for p in made] == [True, False]
+    back = server.requests[1]["body"]["messages"][2]["content"]
+    assert back == "no " * 4000 + " ..."
+
+
 def test_reply_with_fences_thoughts_and_prose(serve: Any, study: Study) -> None:
     text = ("<think>{maybe} {\"encoders\": []}</think>Sure!\n```json\n" + answer(spec(128))["text"] + "\n```\nBye {x}")
     made = designer(serve({"text": text})).propose(study, 1)
