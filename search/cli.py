@@ -123,8 +123,8 @@ class _Parser(ArgumentParser):
         required = re.findall(r"([\w-]+)\.(\w+)", message) if "are required: " in message else []
         if required:  # arguments of the command, told by the parser above it
             name = required[0][0]
-            below = next(a.choices[name] for a in self._actions if name in (a.choices or ()))
-            missing = [a for a in below._actions if a.dest in [key for _, key in required]]
+            below: Any = next(a for a in self._actions if name in (a.choices or ()))
+            missing = [a for a in below.choices[name]._actions if a.dest in [key for _, key in required]]
             message = f"{name} needs {' and '.join((a.option_strings or [a.metavar])[0] for a in missing)}"
             command = f"{command} {name}"
         fail(f"{message}\nSee `{command} --help`.")

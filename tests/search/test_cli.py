@@ -187,7 +187,7 @@ def test_output_that_nobody_can_have(output: str, code: int, message: str) -> No
 
 
 @pytest.mark.parametrize(("args", "modules"), [
-    (["search", "--candidates", "-1"], ("torch", "optuna")), (["search", "--config", "quik"], ("torch", "optuna")),
+    (["search", "--candidates", "-1"], ("torch", "optuna")),
     (["prompt", "runs/R", "1"], ("sklearn", "stable_baselines3"))])
 def test_what_an_answer_does_not_need_is_not_imported(args: list[str], modules: tuple[str, ...]) -> None:
     code = (f"import sys; from lacer.search.cli import main\ntry: main({args})\nexcept SystemExit: pass\n"
