@@ -59,6 +59,8 @@ def find(path: str) -> Any:
         found: Any = importlib.import_module(module)
     except ImportError as e:
         raise LacerError(f"cannot import {path}: {e}") from None
+    except Exception as e:  # the module's own code runs
+        raise LacerError(f"cannot import {path}: {type(e).__name__}: {e}") from e
     for part in name.split("."):
         if not hasattr(found, part):
             raise LacerError(f"{module} has no {name!r}{did_you_mean(part, dir(found))}")

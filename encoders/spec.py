@@ -82,7 +82,7 @@ class EncoderSpec:
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as e:
-            raise LacerError(f"cannot read the encoder file {path}: {e}") from None
+            raise LacerError(f"cannot read the encoder file {path}: {getattr(e, 'strerror', e)}") from None
         try:
             return cls.parse(text, card)
         except LacerError as e:

@@ -163,8 +163,9 @@ def _found(env_id: str) -> str:
         module, name = env_id.split(":", 1)
         try:
             importlib.import_module(module)
-        except (ImportError, ValueError, TypeError) as e:  # the last two for an empty and for a relative name
-            raise LacerError(f"cannot import {module!r}, named in the environment id {env_id!r}: {e}") from e
+        except Exception as e:  # its own code runs; ValueError and TypeError also for an empty and a relative name
+            why = str(e) if isinstance(e, ImportError | ValueError | TypeError) else f"{type(e).__name__}: {e}"
+            raise LacerError(f"cannot import {module!r}, named in the environment id {env_id!r}: {why}") from e
     if name not in gym.registry:
         import_for(name)
     if name not in gym.registry and name not in list_envs():

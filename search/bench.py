@@ -350,8 +350,8 @@ def bench(config: BenchConfig, folder: str | Path, *, quiet: bool = False) -> Re
             raise LacerError("--prune-seeds needs a table")
         source.pruned(np.random.default_rng([config.seed, 78]))
     try:
-        (folder / "parts").mkdir(parents=True, exist_ok=True)
         _check_folder(folder, config)
+        (folder / "parts").mkdir(exist_ok=True)
         runs = _all_runs(config, folder, quiet)
     except OSError as e:
         raise LacerError(f"cannot write {folder}: {e.strerror or e}") from None
@@ -388,6 +388,10 @@ def _check_folder(folder: Path, config: BenchConfig) -> None:
             if now[key] != before.get(key) and key != "table":
                 raise LacerError(f"{folder} holds another comparison: {key} was {before.get(key)!r}, now it is "
                                  f"{now[key]!r}. Choose another folder with --out.")
+    elif folder.exists() and any(folder.iterdir()):
+        raise LacerError(f"{folder} holds something else, no comparison of `lacer bench`; choose another folder "
+                         "with --out")
+    folder.mkdir(parents=True, exist_ok=True)
     if not path.exists() or (config.llm is not None and before.get("llm") is None):
         write_whole(path, json.dumps(now, indent=1) + "\n")
 

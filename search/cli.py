@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -12,7 +14,7 @@ import sys
 import warnings
 from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter, Namespace
 from pydantic import BaseModel
@@ -22,6 +24,7 @@ from rich.console import Console
 from lacer.envs import LacerError, did_you_mean, list_envs
 from lacer.search.config import (
     COMMON,
+    LARGEST_SEED,
     NESTED,
     BenchConfig,
     SearchConfig,
@@ -107,10 +110,40 @@ class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """One line on standard error and exit code 2; unknown options get "did you mean"."""
+        message = message.strip()
         known = [s for a in self._actions for s in a.option_strings if s.startswith("--")]
         unknown = [w for w in message.split() if w.startswith("--") and w.split("=")[0] not in known]
-        hint = did_you_mean(unknown[0].split("=")[0], known) if unknown and "nrecognized" in message else ""
-        fail(f"{message.strip()}{hint.rstrip('.')}\nSee `{self.prog.replace(' [options]', '')} --help`.")
+        wrong = re.match(r'Parser key "(.+?)":', message)
+        if wrong is not None:  # jsonargparse tells of Python's types, on ten lines
+            message = self._wrong_value(wrong[1], message)
+        elif unknown and "nrecognized" in message:
+            message += did_you_mean(unknown[0].split("=")[0], known).rstrip(".")
+        elif message.startswith("ambiguous option"):
+            message = re.sub(r"((?:[^,]+,){3}).*", r"\1 ...", message)
+        command = self.prog.replace(" COMMAND", "").replace(" [options]", "").replace("bench-make", "bench make")
+        required = re.findall(r"([\w-]+)\.(\w+)", message) if "are required: " in message else []
+        if required:  # arguments of the command, told by the parser above it
+            name = required[0][0]
+            below: Any = next(a for a in self._actions if name in (a.choices or ()))
+            missing = [a for a in below.choices[name]._actions if a.dest in [key for _, key in required]]
+            message = f"{name} needs {' and '.join((a.option_strings or [a.metavar])[0] for a in missing)}"
+            command = f"{command} {name}"
+        fail(f"{message}\nSee `{command} --help`.")
+
+    def _wrong_value(self, key: str, message: str) -> str:
+        """In words, what an option's value has to be."""
+        action = next((a for a in self._actions if a.dest == key), None)
+        kind = getattr(action, "_typehint", None) or getattr(action, "type", None)
+        kind = next((k for k in get_args(kind) if k is not type(None)), kind) if type(None) in get_args(kind) else kind
+        inner = next((k for k in get_args(kind) if get_origin(k) is Literal), kind)
+        given = re.search(r"(?:Given value:|Got value:) (.*)$", message)
+        what = (f"one of {', '.join(map(str, get_args(inner)))}" if get_origin(inner) is Literal else
+                {int: "a whole number", float: "a finite number", str: "text"}.get(
+                    kind, "JSON, such as '{\"name\": 1}'" if "dict" in str(kind) else "a list, such as '[1, 2]'"))
+        if inner is not kind:
+            what = f"a list of {what.removeprefix('one of ')}"
+        name = action.option_strings[0] if action is not None and action.option_strings else key
+        return f"{name} must be {what}" + (f", not {given[1][:60]!r}" if given is not None else "")
 
 
 def fail(message: str) -> NoReturn:
@@ -290,19 +323,23 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of the ``lacer`` command."""
     logging.basicConfig(level=logging.WARNING, format="lacer: %(message)s")
     warnings.filterwarnings("ignore", module="optuna")
-    args = parse(sys.argv[1:] if argv is None else argv)
-    if os.getcwd() not in sys.path:  # for module:Id in the working folder; last, so that it shadows nothing
-        sys.path.append(os.getcwd())
     try:
+        args = parse(sys.argv[1:] if argv is None else argv)
+        if os.getcwd() not in sys.path:  # for module:Id in the working folder; last, so that it shadows nothing
+            sys.path.append(os.getcwd())
         {"search": _search, "compare": _compare, "train": _train, "evaluate": _evaluate, "watch": _watch,
          "export": _export, "sync": _sync, "show": _show, "prompt": _prompt, "envs": _envs, "blocks": _blocks,
          "designers": _designers, "bench": _bench, "bench-make": _bench_make}[args.command](args[args.command])
-        sys.stdout.flush()
+        print(end="", flush=True)  # not sys.stdout.flush(): there may be none
     except LacerError as e:
         fail(str(e))
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at exit goes nowhere
         sys.exit(128 + signal.SIGPIPE)
+    except OSError as e:  # a path that cannot be used, a disk that is full; anything else is a mistake of ours
+        if e.filename is None and e.errno != errno.ENOSPC:
+            raise
+        fail(f"{e.strerror}: {str(e.filename)[:200]}" if e.filename is not None else str(e.strerror))
     except KeyboardInterrupt:
         sys.stderr.flush()
         sys.stdout.flush()
@@ -310,15 +347,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _search(a: Namespace) -> None:
-    from lacer.search.loop import plan, search, summary
-    from lacer.search.progress import candidate_table
-
     given = _given(a, ("config", "resume", "out", "quiet", "json", "dry_run", "measured_steps"))
     if a.resume is not None:
         if a.config is not None:
             raise LacerError("--config and --resume exclude each other: a run keeps its own configuration")
         if a.dry_run:
             raise LacerError("--dry-run and --resume exclude each other")
+        from lacer.search.loop import search
+
         result = search(resume=a.resume, out=a.out, quiet=a.quiet, **given)
     else:
         base = read_yaml(a.config) if a.config is not None else {}
@@ -326,10 +362,15 @@ def _search(a: Namespace) -> None:
             validate(base, a.config)  # names the file if a key of it is wrong
         merged = merge(base, given)
         config = validate(merged, "--")  # what is wrong now was given as an option
+        from lacer.search.loop import plan, search
+
         if a.dry_run:
             made = plan(config)
             return _dry_run([(made.designer, made)], a)
         result = search(out=a.out, quiet=a.quiet, **merged)
+    from lacer.search.loop import summary
+    from lacer.search.progress import candidate_table
+
     if a.json:
         print(json.dumps(result.outcome.figures() | {"folder": str(result.folder), "report": str(result.report)}))
     else:
@@ -397,7 +438,8 @@ def _compare(a: Namespace) -> None:
         print(f"\n{env}{': ' if env else ''}{score}, interquartile mean over seeds [95 % bootstrap interval]")
         width = max(len(str(n)) for n in rows["designer"]) if len(rows) else 0
         for r in rows.itertuples():
-            print(f"  {r.designer:{width}}  {r.iqm:.4g} [{r.low:.4g}, {r.high:.4g}]  {r.seeds} seeds")
+            interval = f"[{r.low:.4g}, {r.high:.4g}]  {r.seeds} seeds" if r.seeds > 1 else " (one seed: no interval)"
+            print(f"  {r.designer:{width}}  {r.iqm:.4g} {interval}")
     print("\n" + "\n".join(statements(result)))
     for note in result.notes:
         print(note)
@@ -487,12 +529,18 @@ def _train(a: Namespace) -> None:
     for name, value in (("--steps", a.steps), ("--episodes", a.episodes)):
         if value < 1:
             raise LacerError(f"{name} must be at least 1, not {value}")
+    _check_seed(a.seed)
     path = Path(a.encoder)
     card = task_card(config.env, **config.env_kwargs)
     spec = EncoderSpec.load(path / "encoder.json" if path.is_dir() else path, card)
     out = Path(a.out) if a.out else Path("agents") / f"{datetime.now():%Y%m%d-%H%M%S}-{card.env_id.split('/')[-1]}"
     if out.exists():
         raise LacerError(f"{out} exists already; choose another folder with --out")
+    try:
+        out.mkdir(parents=True)  # now: what cannot be saved need not be trained
+        out.rmdir()
+    except OSError as e:
+        raise LacerError(f"cannot write the agent folder {out}: {e.strerror}") from None
     protocol = config.protocol.model_copy(update={"steps": a.steps, "eval_episodes": a.episodes})
     display = Display(card, a.steps)
     display.started("train", spec.short(), a.steps)
@@ -511,6 +559,11 @@ def _train(a: Namespace) -> None:
           f"Next:  lacer evaluate {shlex.quote(str(out))}")
 
 
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed <= LARGEST_SEED:
+        raise LacerError(f"--seed must lie between 0 and {LARGEST_SEED}, not {seed}")
+
+
 def _evaluate(a: Namespace) -> None:
     from lacer.agents import load
     from lacer.agents.ppo import evaluate
@@ -519,6 +572,7 @@ def _evaluate(a: Namespace) -> None:
 
     if a.episodes < 1:
         raise LacerError(f"--episodes must be at least 1, not {a.episodes}")
+    _check_seed(a.seed)
     if a.video is not None:
         check_video(Path(a.video))
     agent = load(a.agent, a.env_kwargs)

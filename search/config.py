@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 FallbackName = Literal["evolution", "bo", "random", "stop"]
 ReplyFormat = Literal["auto", "json_schema", "tool", "json_object", "plain"]
+LARGEST_SEED = 2**31 - 1
+"""NumPy takes seeds below 2**32, and environments and final trainings count on from a search's."""
 
 
 class LLMFields(BaseModel):
@@ -74,7 +76,7 @@ class SearchConfig(LLMFields):
                                                                "(darts, enas, pepnas); default: half of what all "
                                                                "candidates are trained for")
     candidates: int = Field(20, ge=1, description="encoders to evaluate, the expert's included")
-    seed: int = Field(0, ge=0, description="seed of the designer and of all training runs")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="seed of the designer and of all training runs")
     workers: int = Field(0, ge=0, description="candidates evaluated at once; 0: one per CPU core")
     protocol: Protocol = Field(Protocol(), description="how a candidate is trained and evaluated")
     final_steps: int = Field(50_000, ge=1, description="environment steps of the final training of the winner and of "
@@ -161,7 +163,7 @@ class BenchConfig(LLMFields):
     designers: str = Field("random,evolution,bo", description="designers to compare, A,B,C; see `lacer designers`")
     budget: int = Field(100, ge=1, description="evaluations of a run")
     seeds: int = Field(20, ge=1, description="runs per designer")
-    seed: int = Field(0, ge=0, description="seed of the first run; the others follow")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="seed of the first run; the others follow")
     checkpoints: str = Field("", description="evaluations at which designers are compared, e.g. 24,48,100; default: a "
                                              "quarter, a half and all of the budget")
     prune_seeds: bool = Field(False, description="every seed searches another random subspace of the table; scores are "
@@ -225,11 +227,11 @@ def resumed(model: type[Config], folder: Path, changes: dict[str, Any]) -> Confi
 
 
 def _explain(model: type[BaseModel], err: Any, where: str) -> str:
-    key = ".".join(map(str, err["loc"]))
+    key, said = ".".join(map(str, err["loc"])), err["msg"].removeprefix("Value error, ")
     if where == "--":  # the command line
-        return f"--{key.replace('_', '-')}: {err['msg']} (got {str(err['input'])[:60]!r})"
+        return f"--{key.replace('_', '-')}: {said} (got {str(err['input'])[:60]!r})"
     if err["type"] != "extra_forbidden":
-        return f"{where}: {key}: {err['msg']} (got {str(err['input'])[:60]!r})"
+        return f"{where}: {key}: {said} (got {str(err['input'])[:60]!r})"
     for part in err["loc"][:-1]:
         inner = model.model_fields[str(part)].annotation
         assert isinstance(inner, type)

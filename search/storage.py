@@ -271,13 +271,6 @@ def study_names(url: str) -> list[str]:
         raise LacerError(f"cannot open the study in {hidden_password(url)}: {_why(e)}") from e
 
 
-def trial_attrs(url: str, name: str) -> list[dict[str, Any]]:
-    """User attributes of all trials, by number. Raises LacerError if there is no such study."""
-    if name not in study_names(url):
-        raise LacerError(f"there is no study {name!r} in {hidden_password(url)}")
-    return [t.user_attrs for t in optuna.load_study(study_name=name, storage=url).get_trials(deepcopy=False)]
-
-
 def check_server(url: str, name: str | None = None) -> None:
     """Looks whether a database can be reached before anything else is done.
 

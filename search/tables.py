@@ -182,7 +182,7 @@ def _load(path: Path, arch: Sequence[str]) -> tuple[pd.DataFrame, dict[str, Any]
         # Text as it stands, so that "010" stays what it is; numbers are read where they are asked for.
         return pd.read_csv(path, dtype=str if len(arch) == 1 else None, keep_default_na=len(arch) > 1), {}
     except (OSError, ValueError) as e:  # pandas' and pyarrow's errors of format are ValueErrors
-        raise LacerError(f"cannot read the table {path}: {e}") from None
+        raise LacerError(f"cannot read the table {path}: {getattr(e, 'strerror', None) or e}") from None
 
 
 def _line(data: pd.DataFrame, i: int) -> int:

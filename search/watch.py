@@ -44,6 +44,8 @@ def watch(place: str, say: Say, *, study_name: str | None = None, interval: floa
             config: dict[str, Any] = {}
             return _follow(reader, reader.name, config, lambda: True, say, interval, wait, "")
     folder = Path(place)
+    if not folder.is_dir():
+        raise LacerError(f"{folder} is no run: there is no such folder")
     if (folder / COMPARISON).exists():
         return _watch_comparison(folder, say, interval, wait)
     return _watch_folder(folder, say, interval, wait)

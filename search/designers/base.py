@@ -121,8 +121,8 @@ def designers() -> dict[str, type[Designer]]:
 def designer_class(name: str) -> type[Designer]:
     """The designer of a name, ``NAME`` or ``NAME:VARIANT``. Raises UnknownNameError with the nearest one."""
     known = designers()
-    family, _, variant = name.partition(":")
-    if family not in known or (variant and variant not in known[family].variants):
+    family, colon, variant = name.partition(":")
+    if family not in known or (colon and variant not in known[family].variants):
         raise UnknownNameError("designer", name, designer_names())
     return known[family]
 

@@ -20,6 +20,9 @@ from lacer.search.llm.reply import MAX_TEXT, Answer, clean, find_json
 from lacer.search.space import Point
 from lacer.search.study import USAGE, Proposal, Study
 
+LONGEST_BACK = 12_000
+"""Characters of a reply that go back to the model with its errors, so that repairs fit into its context too."""
+
 
 class LLMDesigner(Designer):
     """Base of the designers with a language model. A subclass implements :meth:`design`.
@@ -186,7 +189,8 @@ class Turn:
             errors = read(reply)
             if not errors:
                 return True
-            talk = [*talk, {"role": "assistant", "content": reply.text},
+            said = reply.text if len(reply.text) <= LONGEST_BACK else reply.text[:LONGEST_BACK] + " ..."
+            talk = [*talk, {"role": "assistant", "content": said},
                     {"role": "user", "content": fill(
                         "repair", d.prompts, errors=errors, accepted=len(self.accepted), wanted=wanted(),
                         truncated=reply.truncated)}]

@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lacer.envs import LacerError
-from lacer.search.config import SearchConfig, resumed
 from lacer.search.llm.reply import clean
 from lacer.search.llm.transcript import TRANSCRIPT
-from lacer.search.loop import study_place
-from lacer.search.storage import trial_attrs
+from lacer.search.runs import read_run
 from lacer.search.study import Trial
 
 
@@ -20,25 +18,25 @@ def conversation(folder: Path, number: int) -> str:
     """The requests behind a trial, as text for a terminal: prompts, replies and errors of all steps.
 
     Raises:
-        LacerError: no such run or trial; no language model was asked for it; its transcript is gone or damaged.
+        LacerError: no such run or trial, or it cannot be read; no language model was asked for it; its transcript
+            is gone or damaged.
     """
-    url, name = study_place(resumed(SearchConfig, folder, {}), folder)
-    trials = trial_attrs(url, name)
+    trials = read_run(folder).trials
     if not 0 <= number < len(trials):
         has = f"its trials are #0 to #{len(trials) - 1}" if trials else "it has none yet"
         raise LacerError(f"{folder} has no trial #{number}; {has}")
-    attrs = trials[number]
-    meta = attrs.get("meta", {})
+    proposal = trials[number].trial.proposal
+    meta = proposal.meta
     lines: dict[str, Any] = dict(meta.get("calls") or ({} if meta.get("transcript") is None else
                                                        {"request": meta["transcript"]}))
     if meta.get("transcript") is not None and meta["transcript"] not in lines.values():  # a request that failed
         lines["last request"] = meta["transcript"]
     if not lines:
         why = meta.get("llm_failed")
-        raise LacerError(f"no language model was asked for #{number}, which {attrs.get('designer', '?')} proposed"
+        raise LacerError(f"no language model was asked for #{number}, which {proposal.designer} proposed"
                          + (f" ({why})" if why else ""))
-    out = [f"#{number}, proposed by {attrs.get('designer', '?')}" + (
-        f", rejected: {attrs['rejected']}" if attrs.get("rejected") else "")]
+    out = [f"#{number}, proposed by {proposal.designer}" + (
+        f", rejected: {proposal.rejected}" if proposal.rejected else "")]
     for step, line in lines.items():
         record = _record(folder / TRANSCRIPT, int(line))
         spent = (f"{record.get('tokens_in', 0):,} tokens in, {record.get('tokens_out', 0):,} out, "

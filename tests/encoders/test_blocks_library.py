@@ -14,8 +14,6 @@ from lacer.encoders import EncoderSpec, Features, TextTable, build, list_blocks
 from lacer.encoders.composite import CompositeEncoder
 from lacer.envs import LacerError, Objective, SourceSpec, TaskCard
 
-torch.set_num_threads(1)  # small networks: more threads only wait for each other
-
 SHAPES: dict[str, list[tuple[int, ...]]] = {
     "vector": [(1,), (46,)], "series": [(1, 1), (7, 3), (65, 2)], "set": [(1, 2), (9, 4)],
     "image": [(7, 7, 3), (16, 20, 1), (64, 84, 2)], "text": [()],

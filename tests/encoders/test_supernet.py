@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -49,14 +49,6 @@ SMALL = {**FEW, "picture.block": ["unused"], "words.block": ["unused"], "fusion.
          "fusion.concat.width": [16, 32], "fusion.concat.depth": [1, 2], "fusion.attention.width": [16],
          "crowd.block": ["deepsets", "attention", "unused"], "crowd.attention.width": [8, 16],
          "crowd.attention.depth": [1]}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def observe(n: int) -> dict[str, Tensor]:

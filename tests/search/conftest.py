@@ -1,4 +1,4 @@
-"""A tiny configuration of a search, and the command line as a process."""
+"""A tiny configuration of a search, the command line as a process, and scripted language models."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ import pytest
 import yaml
 
 from lacer.search.cli import main
+from tests.search.llm_server import LLMServer, Served
 
+KEY = "sk-very-secret-0123456789"
 TINY: dict[str, Any] = {
     "env": "lacer/KnownSources-v0",
     "env_kwargs": {"sources": ["position", "words", "noise"]},
@@ -74,3 +76,30 @@ def lacer(start: Start) -> Lacer:
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def llm_server() -> Iterator[LLMServer]:
+    """One process for all scripts."""
+    server = LLMServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def serve(llm_server: LLMServer, llm_environment: None) -> Callable[..., Served]:
+    """Scripted language models: ``serve(reply, reply, ...)``, see ``llm_server.py``."""
+    return llm_server.serve
+
+
+@pytest.fixture
+def llm_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys, no addresses, and hardly a wait between tries."""
+    from lacer.search.llm import client
+
+    for name in ("OPENAI_BASE_URL", "ANTHROPIC_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "ant-" + KEY[3:])
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(client, "BACKOFF", 0.02)

@@ -1,7 +1,7 @@
 """A local HTTP server with scripted replies, for tests: OpenAI's chat completions and Anthropic's messages.
 
-Usage: ``python llm_server.py SCRIPT``, SCRIPT being JSON text or a file name: ``{"replies": [...], "formats": [...]}``.
-It prints its port, and answers the n-th POST with the n-th reply, later ones with the last. A reply is one of
+Usage: ``python llm_server.py``. It prints its port. ``PUT /`` with a script, ``{"replies": [...], "formats": [...]}``,
+gives its number N, and ``/N/v1`` answers the n-th POST with the n-th reply, later ones with the last. A reply is one of
 
 - ``{"text": "..."}``: a completion (``"finish": "length"``: cut off by the token limit); where the request has a tool,
   in a call of it; ``"times": N``: the text N times over;
@@ -15,29 +15,70 @@ It prints its port, and answers the n-th POST with the n-th reply, later ones wi
 tools are taken and ignored. ``"usage": false``: no tokens are counted.
 
 With ``{"designer": KIND}`` in place of replies, a scripted designer reads the prompts and answers, see ``scripted.py``;
-KIND may also be "slow" (never answers in time) and "cut" (stops in mid-stream). A path that begins with a kind,
-``/good/v1/...``, is answered by that one, whatever the script says.
-``GET /requests`` gives all requests so far: path, headers, body and seconds since the start.
+KIND may also be "slow" (never answers in time) and "cut" (stops in mid-stream). ``/N/KIND/v1`` is answered by that one,
+whatever the script says. ``GET /N`` gives all requests so far: path, headers, body and seconds since the start.
+:class:`LLMServer` is such a process, :class:`Served` one script of it.
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":  # a script finds its neighbours by itself
     import scripted
 
 
-def main(script: dict[str, Any]) -> None:
+class LLMServer:
+    """The process; ends with :meth:`close`."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                         text=True)
+        assert self._process.stdout is not None
+        self._address = f"http://127.0.0.1:{int(self._process.stdout.readline())}"
+
+    def serve(self, *replies: dict[str, Any], **script: Any) -> Served:
+        """Adds a script."""
+        data = json.dumps({"replies": replies, **script}).encode()
+        with _opener.open(urllib.request.Request(self._address, data, method="PUT")) as f:
+            return Served(f"{self._address}/{json.load(f)}")
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+class Served:
+    """A script that is served at ``url``."""
+
+    def __init__(self, address: str) -> None:
+        self._address, self.url = address, f"{address}/v1"
+
+    def of(self, kind: str) -> str:
+        """Where a scripted designer answers."""
+        return f"{self._address}/{kind}/v1"
+
+    @property
+    def requests(self) -> list[dict[str, Any]]:
+        """All requests so far."""
+        with _opener.open(self._address) as f:
+            return json.load(f)  # type: ignore[no-any-return]
+
+
+_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def main() -> None:
     """Serves until it is killed."""
-    seen: list[dict[str, Any]] = []
-    lock, start, used, count = threading.Lock(), time.monotonic(), [0], [0]
+    scripts: list[dict[str, Any]] = []
+    lock, start = threading.Lock(), time.monotonic()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -53,27 +94,35 @@ def main(script: dict[str, Any]) -> None:
             self.end_headers()
             self.wfile.write(body)
 
+        def read(self) -> Any:
+            return json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+
+        def do_PUT(self) -> None:
+            with lock:
+                scripts.append({**self.read(), "seen": [], "used": 0})
+                self.send(200, str(len(scripts) - 1).encode(), {})
+
         def do_GET(self) -> None:
-            self.send(200, json.dumps(seen).encode(), {})
+            self.send(200, json.dumps(scripts[int(self.path[1:])]["seen"]).encode(), {})
 
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            body = self.read()
             form = body.get("response_format", {}).get("type", "tool" if "tools" in body else "plain")
-            kind = self.path.split("/")[1]
+            number, kind, *path = self.path[1:].split("/")
+            script = scripts[int(number)]
             if kind not in ("good", "stubborn", "garbage", "reasoner", "slow", "cut"):
-                kind = script.get("designer")
+                kind, path = script.get("designer"), [kind, *path]
             with lock:
-                count[0] += 1
-                seen.append({"path": self.path, "headers": {k.lower(): v for k, v in self.headers.items()},
-                             "body": body, "at": time.monotonic() - start})
+                script["seen"].append({"path": "/" + "/".join(path), "body": body, "at": time.monotonic() - start,
+                                       "headers": {k.lower(): v for k, v in self.headers.items()}})
                 hot = "temperature" in body and not script.get("sampling", True)
                 refused = hot or form not in script.get("formats", [form])
                 if kind is not None:
                     reply = ({"hang": True} if kind == "slow" else {"cut": True} if kind == "cut" else
-                             {"text": scripted.answer(kind, body["messages"], count[0])})
+                             {"text": scripted.answer(kind, body["messages"], len(script["seen"]))})
                 else:
-                    reply = script["replies"][min(used[0], len(script["replies"]) - 1)]
-                    used[0] += not refused
+                    reply = script["replies"][min(script["used"], len(script["replies"]) - 1)]
+                    script["used"] += not refused
             if refused:
                 error = {"error": {"message": f"unknown: {'temperature' if hot else form}"}}
                 self.send(script.get("refuse", 400), json.dumps(error).encode(), {})
@@ -141,5 +190,4 @@ def arguments(text: str) -> Any:
 
 
 if __name__ == "__main__":
-    arg = sys.argv[1]
-    main(json.loads(arg if arg.lstrip().startswith("{") else Path(arg).read_text()))
+    main()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,7 @@ ENV = ["--env", "lacer/KnownSources-v0"]
     (["search", *ENV, "--env-kwargs", '{"sorces": ["noise"]}'], "does not take these arguments"),
     (["search", *ENV, "--env-kwargs", '{"sources": ["positon"]}'], "did you mean 'position'"),
     (["search", *ENV, "--designer", "evolutoin"], "did you mean 'evolution'"),
-    (["search", *ENV, "--wandb-runs", "both"], "wandb_runs"),
+    (["search", *ENV, "--wandb-runs", "both"], "--wandb-runs must be one of search, candidate, not 'both'"),
     (["sync", "runs/nothing"], "runs/nothing is no run"),
     (["evaluate", "runs/nothing", "--video", "out.avi"], "the name of a video ends in .gif or .mp4"),
     (["search", *ENV, "--candidates", "0"], "--candidates: Input should be greater than or equal to 1"),
@@ -62,9 +64,31 @@ ENV = ["--env", "lacer/KnownSources-v0"]
     (["export", ".", "--out", "x.xlsx"], "must end in .csv, .csv.gz or .parquet"),
     (["evaluate", "/does/not/exist"], "is no agent"),
     (["evaluate", ".", "--episodes", "0"], "--episodes must be at least 1"),
-    (["train"], "encoder"),
+    (["train"], "train needs --encoder\nSee `lacer train --help`."),
     (["train", "--encoder", "/does/not/exist.json", *ENV], "cannot read the encoder file"),
     (["train", "--encoder", "/does/not/exist.json", *ENV, "--steps", "0"], "--steps must be at least 1"),
+    (["train", "--encoder", "x.json", *ENV, "--seed", "-1"], "--seed must lie between 0 and 2147483647, not -1"),
+    (["evaluate", ".", "--seed", "2147483648"], "--seed must lie between 0 and 2147483647"),
+    (["search", *ENV, "--seed", "2147483648"], "--seed: Input should be less than or equal to 2147483647"),
+    (["search", *ENV, "--seed", "1.5"], "--seed must be a whole number, not '1.5'\nSee `lacer search --help`."),
+    (["search", *ENV, "--candidates", "1e3"], "--candidates must be a whole number, not '1e3'"),
+    (["search", *ENV, "--timeout", "nan"], "--timeout must be a finite number, not 'nan'"),
+    (["search", *ENV, "--protocol.ppo.learning-rate", "inf"], "--protocol.ppo.learning-rate must be a finite number"),
+    (["search", *ENV, "--llm-format", "xml"], "must be one of auto, json_schema, tool, json_object, plain, not 'xml'"),
+    (["search", *ENV, "--env-kwargs", "{sources"], "must be JSON, such as '{\"name\": 1}', not '{sources'"),
+    (["search", *ENV, "--protocol.ppo.shortcuts", "fast"], "must be a list of fused_adam, channels_last, halves, over"),
+    (["search", *ENV, "--protocol.ppo.head", "wide"], "ppo.head must be a list, such as '[1, 2]', not 'wide'"),
+    (["search", *ENV, "--protocol", "5"], "--protocol could match --protocol.steps, --protocol.eval-episodes, "),
+    (["search", *ENV, "--designer", "optuna:"], "unknown designer 'optuna:'; did you mean 'optuna:"),
+    (["search", *ENV, "--out", "x" * 300], "File name too long: xxx"),
+    (["search", "--env", "tests.search.broken:Env-v0"], "cannot import 'tests.search.broken'"),
+    (["bench", "--function", "tests.search.broken:f", "--space", "a:b"], "cannot import"),
+    (["bench", "make", "--seeds", "few"], "--seeds must be a whole number, not 'few'\nSee `lacer bench make --help`."),
+    (["prompt", "runs/R"], "prompt needs N\nSee `lacer prompt --help`."),
+    (["prompt"], "prompt needs RUN and N\nSee `lacer prompt --help`."),
+    (["prompt", "runs/R", "x"], "number must be a whole number, not 'x'\nSee `lacer prompt --help`."),
+    (["prompt", "runs/R", "1"], "runs/R is no run"),
+    (["watch", "/dev/null"], "/dev/null is no run"),
 ])
 def test_wrong_input(args: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path,
                      monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,6 +100,7 @@ def test_wrong_input(args: list[str], message: str, capsys: pytest.CaptureFixtur
     assert message in err
     assert not out
     assert "Traceback" not in err
+    assert len([line for line in err.splitlines() if not line.startswith("See `lacer")]) == 1
     assert not list(tmp_path.iterdir()), "nothing was left behind"
 
 
@@ -96,13 +121,69 @@ def test_wrong_config_file(change: dict, message: str, capsys: pytest.CaptureFix
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("text", ["- a\n- b", "a: [", "just words", ""])
-def test_config_that_is_no_mapping(text: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("text", "message"), [
+    ("- a\n- b", "expected keys and values"), ("just words", "expected keys and values"), ("", "expected keys and val"),
+    ("a: [", "is not YAML, line 1, column 5: "), ("a: !!python/object/apply:os.system [id]", "could not"),
+    ("seed: 1\nprotocol:\n  steps: 2\n  steps: 3\n", "line 4, column 3: the key 'steps' is given twice"),
+    ("a: 2026-13-99", "is not YAML: month must be in 1..12"),
+])
+def test_config_that_is_no_mapping(text: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "my.yaml"
     path.write_text(text)
     code, _, err = run(["search", "--config", str(path)], capsys)
     assert code == 2
     assert "my.yaml" in err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_module_that_breaks_when_it_is_imported(capsys: pytest.CaptureFixture[str], tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "breaks.py").write_text("raise RuntimeError('no licence')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for args in (["envs", "breaks:Env-v0"], ["bench", "--function", "breaks:f", "--space", "breaks:s"]):
+        code, _, err = run(args, capsys)
+        assert code == 2
+        assert "cannot import" in err
+        assert err.endswith("RuntimeError: no licence\n")
+
+
+def test_an_agent_that_could_not_be_saved_is_not_trained(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    encoder = tmp_path / "encoder.json"
+    encoder.write_text(json.dumps({"sources": {"position": {"block": "linear"}}, "fusion": {"block": "concat"}}))
+    code, _, err = run(["train", "--encoder", str(encoder), *ENV, "--out", str(tmp_path / "file" / "agent")], capsys)
+    assert code == 2
+    assert "cannot write the agent folder" in err
+
+
+def test_a_bench_does_not_write_into_a_folder_of_something_else(capsys: pytest.CaptureFixture[str],
+                                                                tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text("arch,score\n00,1\n01,2\n")
+    code, _, err = run(["bench", "--table", str(table), "--out", str(tmp_path)], capsys)
+    assert code == 2
+    assert "holds something else, no comparison of `lacer bench`" in err
+    assert list(tmp_path.iterdir()) == [table]
+
+
+@pytest.mark.parametrize(("output", "code", "message"), [
+    ("> /dev/full", 2, "lacer: error: No space left on device\n"), (">&-", 0, ""), ("| true", 0, "")])
+def test_output_that_nobody_can_have(output: str, code: int, message: str) -> None:
+    done = subprocess.run(f"{sys.executable} -P -m lacer.search.cli envs {output}", shell=True, capture_output=True,
+                          text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (code, message)
+
+
+@pytest.mark.parametrize(("args", "modules"), [
+    (["search", "--candidates", "-1"], ("torch", "optuna")),
+    (["prompt", "runs/R", "1"], ("sklearn", "stable_baselines3"))])
+def test_what_an_answer_does_not_need_is_not_imported(args: list[str], modules: tuple[str, ...]) -> None:
+    code = (f"import sys; from lacer.search.cli import main\ntry: main({args})\nexcept SystemExit: pass\n"
+            f"print([m for m in {modules} if m in sys.modules])")
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "[]\n"
+    assert "lacer: error" in done.stderr
 
 
 def test_run_folder_that_exists(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
-import sys
 import time
 import traceback
-import urllib.request
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +17,17 @@ from lacer.envs import LacerError, task_card
 from lacer.search.designers.base import designer_class
 from lacer.search.designers.lacer import Lacer
 from lacer.search.llm import LLMClient, LLMConfig, client, parse_reply
-from lacer.search.llm.reply import find_json
+from lacer.search.llm.reply import find_json, to_point
 from lacer.search.llm.words import quoted
 from lacer.search.space import EncoderSpace
 from lacer.search.storage import sqlite_url
 from lacer.search.study import Proposal, StoredStudy, Study
+from tests.search.conftest import KEY
+from tests.search.llm_server import Served
 
+pytestmark = pytest.mark.usefixtures("llm_environment")
 CARD = task_card("lacer/KnownSources-v0")
 SPACE = EncoderSpace(CARD)
-KEY = "sk-very-secret-0123456789"
 POSITION = {"block": "linear", "width": 16}
 
 
@@ -49,42 +47,6 @@ def evaluation(score: float) -> Evaluation:
                       curve=[(512 * i, i / 20) for i in range(20)], probes=probes)
 
 
-class Server:
-    def __init__(self, script: dict[str, Any]) -> None:
-        self.process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("llm_server.py")),
-                                         json.dumps(script)], stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None
-        self.url = f"http://127.0.0.1:{int(self.process.stdout.readline())}/v1"
-
-    @property
-    def requests(self) -> list[dict[str, Any]]:
-        with urllib.request.urlopen(self.url.replace("/v1", "/requests")) as f:
-            return json.load(f)
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., Server]]:
-    servers: list[Server] = []
-
-    def start(*replies: dict[str, Any], **script: Any) -> Server:
-        servers.append(Server({"replies": replies, **script}))
-        return servers[-1]
-
-    yield start
-    for s in servers:
-        s.process.kill()
-        s.process.wait()
-
-
-@pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("OPENAI_BASE_URL", "ANTHROPIC_BASE_URL", "ANTHROPIC_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(client, "BACKOFF", 0.02)
-
-
 def new_study(storage: str | None = None, space: EncoderSpace = SPACE) -> Study:
     """In memory without a storage."""
     return Study(space) if storage is None else StoredStudy(storage, "s", space)
@@ -97,18 +59,12 @@ def study() -> Study:
 
 
 def with_expert(s: Study) -> Study:
-    expert = s.start(Proposal(SPACE.from_spec(_parse(spec(32))), "expert"))
+    expert = s.start(Proposal(to_point(spec(32), SPACE), "expert"))
     s.finish(expert.number, evaluation(0.4))
     return s
 
 
-def _parse(data: dict[str, Any]) -> Any:
-    from lacer.encoders import EncoderSpec
-
-    return EncoderSpec.parse(data, CARD)
-
-
-def designer(server: Server, run_dir: Path | None = None, batch: int = 1, **config: Any) -> Lacer:
+def designer(server: Served, run_dir: Path | None = None, batch: int = 1, **config: Any) -> Lacer:
     config = {"model": "openai:scripted", "base_url": server.url, "timeout": 5.0, "retries": 2, **config}
     return Lacer(0, llm=LLMConfig(**config), run_dir=run_dir, batch=batch)
 
@@ -123,7 +79,7 @@ def test_valid_proposal(serve: Any, tmp_path: Path) -> None:
     server = serve(answer(spec(128), based_on=[0, 99]))
     made = designer(server, tmp_path, temperature=0.3, seed=7).propose(study, 4)
     assert [(p.designer, p.rejected, p.rationale, p.parents) for p in made] == [("lacer", "", "because", (0,))]
-    assert made[0].point == SPACE.from_spec(_parse(spec(128)))
+    assert made[0].point == to_point(spec(128), SPACE)
     assert {**made[0].meta, "seconds": 0} == {"tokens_in": 1000, "tokens_out": 100, "seconds": 0, "requests": 1,
                                              "expected": 0.5, "attempt": 0, "transcript": 1}
     record(study, made)
@@ -212,6 +168,14 @@ def test_garbage_for_ever_ends_in_evolution(serve: Any, study: Study) -> None:
     record(study, made)
 
 
+def test_a_long_reply_does_not_go_back_whole(serve: Any, study: Study) -> None:
+    server = serve({"text": "no ", "times": 30_000}, answer(spec(128)))
+    made = designer(server).propose(study, 1)
+    assert [bool(p.rejected) for p in made] == [True, False]
+    back = server.requests[1]["body"]["messages"][2]["content"]
+    assert back == "no " * 4000 + " ..."
+
+
 def test_reply_with_fences_thoughts_and_prose(serve: Any, study: Study) -> None:
     text = ("<think>{maybe} {\"encoders\": []}</think>Sure!\n```json\n" + answer(spec(128))["text"] + "\n```\nBye {x}")
     made = designer(serve({"text": text})).propose(study, 1)
@@ -270,10 +234,7 @@ def test_a_reply_that_never_comes(serve: Any, study: Study, bad: dict[str, Any],
 
 
 def test_dead_server_and_exhausted_quota(serve: Any, study: Study) -> None:
-    server = serve(answer(spec()))
-    server.process.kill()
-    server.process.wait()
-    made = designer(server).propose(study, 2)
+    made = designer(Served("http://127.0.0.1:9")).propose(study, 2)
     assert made[0].designer == "evolution"
     assert "cannot reach openai:scripted at http://127.0.0.1" in made[0].rationale
     server = serve({"status": 429, "body": {"error": {"message": "pay", "code": "insufficient_quota",
@@ -345,7 +306,7 @@ def test_replay_gives_the_same_proposals(serve: Any, study: Study, tmp_path: Pat
     transcript = tmp_path / "a" / "llm_transcript.jsonl"
     with transcript.open("a") as f:
         f.write('{"cut by a crash')
-    server.process.kill()
+    asked = len(server.requests)
 
     def bare(proposals: list[Proposal]) -> list[Any]:
         return [(p.point, p.designer, p.rationale, p.rejected, p.meta.get("reply"), p.meta.get("tokens_in"))
@@ -360,6 +321,7 @@ def test_replay_gives_the_same_proposals(serve: Any, study: Study, tmp_path: Pat
             made = Lacer(0, llm=again.llm, run_dir=tmp_path / "b").propose(copy, 1)
             assert bare(made) == bare(recorded[i])
         record(copy, made)
+    assert len(server.requests) == asked
     assert recorded[1][0].designer == "evolution"
     made = again.propose(copy, 1)
     assert made[0].designer == "evolution"
@@ -379,7 +341,8 @@ def test_bad_model_strings(model: str, message: str) -> None:
 
 
 def test_check_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("OPENAI_API_KEY")
+    for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY"):
+        monkeypatch.delenv(name)
     with pytest.raises(LacerError, match=r"OPENAI_API_KEY.*--llm-base-url"):
         Lacer(llm=LLMConfig(model="openai:x")).check()
     with pytest.raises(LacerError, match="ANTHROPIC_API_KEY"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,40 +25,23 @@ from lacer.search.designers.feedback_memory import dummy_forward
 from lacer.search.designers.llm_base import LLMDesigner
 from lacer.search.designers.lm_searcher import LMSearcher, scores
 from lacer.search.designers.spark import factors_changed, factors_of, rates
-from lacer.search.llm import LLMClient, LLMConfig, client
+from lacer.search.llm import LLMClient, LLMConfig
 from lacer.search.llm.prompt import SETS
 from lacer.search.loop import make_designer
 from lacer.search.space import EncoderSpace, Point
 from lacer.search.study import Proposal, Study
 from tests.search.conftest import TINY
-from tests.search.test_llm import KEY, Server
+from tests.search.llm_server import Served
 
 ALL = ("lacer", "genius", "feedback-memory", "spark", "lm-searcher")
 CARD = task_card("lacer/KnownSources-v0")
 SPACE = EncoderSpace(CARD)
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+@pytest.fixture
+def server(serve: Callable[..., Served]) -> Served:
     """Serves every scripted designer, by the first part of the path."""
-    s = Server({"designer": "good"})
-    yield s
-    s.process.kill()
-    s.process.wait()
-
-
-@pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("OPENAI_BASE_URL", "ANTHROPIC_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(client, "BACKOFF", 0.01)
-
-
-def url(server: Server, kind: str) -> str:
-    return server.url.replace("/v1", f"/{kind}/v1")
+    return serve()
 
 
 def score(point: Point) -> float:
@@ -88,15 +71,15 @@ def begun(name: str, space: EncoderSpace = SPACE) -> Study:
     return study
 
 
-def make(name: str, server: Server, kind: str, provider: str = "openai", folder: Path | None = None,
+def make(name: str, server: Served, kind: str, provider: str = "openai", folder: Path | None = None,
          timeout: float = 30, **options: Any) -> LLMDesigner:
-    llm = LLMConfig(model=f"{provider}:scripted", base_url=url(server, kind), timeout=timeout, retries=1, repairs=2)
+    llm = LLMConfig(model=f"{provider}:scripted", base_url=server.of(kind), timeout=timeout, retries=1, repairs=2)
     return designer_class(name)(0, llm=llm, run_dir=folder, **options)  # type: ignore[call-arg, return-value]
 
 
 @pytest.mark.parametrize("provider", ["openai", "anthropic"])
 @pytest.mark.parametrize("name", ALL)
-def test_a_good_model_proposes(name: str, provider: str, server: Server, tmp_path: Path) -> None:
+def test_a_good_model_proposes(name: str, provider: str, server: Served, tmp_path: Path) -> None:
     study = begun(name)
     made = play(make(name, server, "good", provider, tmp_path), study, 3)
     accepted = [p for p in made if not p.rejected]
@@ -115,7 +98,7 @@ def test_a_good_model_proposes(name: str, provider: str, server: Server, tmp_pat
 
 
 @pytest.mark.parametrize(("name", "provider"), [*((n, "openai") for n in ALL), ("spark", "anthropic")])
-def test_a_stubborn_repeater_is_told_and_replaced(name: str, provider: str, server: Server) -> None:
+def test_a_stubborn_repeater_is_told_and_replaced(name: str, provider: str, server: Served) -> None:
     study = begun(name)
     made = play(make(name, server, "stubborn", provider), study, 1)
     assert [bool(p.rejected) for p in made] == [True] * (len(made) - 1) + [False]
@@ -131,7 +114,7 @@ def test_a_stubborn_repeater_is_told_and_replaced(name: str, provider: str, serv
 
 
 @pytest.mark.parametrize(("name", "provider"), [*((n, "openai") for n in ALL), ("feedback-memory", "anthropic")])
-def test_garbage_is_rejected_with_reasons(name: str, provider: str, server: Server) -> None:
+def test_garbage_is_rejected_with_reasons(name: str, provider: str, server: Served) -> None:
     study = begun(name)
     made = play(make(name, server, "garbage", provider), study, 2)
     assert [p.designer for p in made if not p.rejected] == ["evolution"] * 2
@@ -142,14 +125,14 @@ def test_garbage_is_rejected_with_reasons(name: str, provider: str, server: Serv
 
 @pytest.mark.parametrize("kind", ["slow", "cut"])
 @pytest.mark.parametrize(("name", "provider"), [*((n, "openai") for n in ALL), ("lacer", "anthropic")])
-def test_a_model_that_does_not_come_to_an_end(name: str, provider: str, kind: str, server: Server) -> None:
+def test_a_model_that_does_not_come_to_an_end(name: str, provider: str, kind: str, server: Served) -> None:
     made = play(make(name, server, kind, provider, timeout=0.3), begun(name), 1)
     assert [p.designer for p in made] == ["evolution"]
     assert made[0].meta["unreachable"]
     assert made[0].meta["requests"] == 2
 
 
-def test_costs_of_all_steps_are_counted_when_a_later_one_fails(server: Server) -> None:
+def test_costs_of_all_steps_are_counted_when_a_later_one_fails(server: Served) -> None:
     designer = make("spark", server, "good")
     whole = designer.client.complete
 
@@ -165,23 +148,19 @@ def test_costs_of_all_steps_are_counted_when_a_later_one_fails(server: Server) -
     assert p.meta["factor"]
 
 
-def test_a_failed_request_after_an_accepted_encoder_is_counted() -> None:
+def test_a_failed_request_after_an_accepted_encoder_is_counted(serve: Callable[..., Served]) -> None:
     study = begun("lacer")
     spec = SPACE.to_spec(next(SPACE.neighbours(study[0].proposal.point or {}))).to_dict()
     text = json.dumps({"encoders": [{"rationale": "x", "encoder": spec}, {"rationale": "y", "encoder": 7}]})
-    own = Server({"replies": [{"text": text}, {"status": 400}]})
-    try:
-        made = make("lacer", own, "", batch=2).propose(study, 2)
-        asked = len(own.requests)
-    finally:
-        own.process.kill()
-        own.process.wait()
+    own = serve({"text": text}, {"status": 400})
+    made = make("lacer", own, "", batch=2).propose(study, 2)
+    asked = len(own.requests)
     assert [bool(p.rejected) for p in made] == [True, False]
     assert sum(p.meta["requests"] for p in made) == asked > 1
     assert sum(p.meta["tokens_in"] for p in made) == 1000
 
 
-def test_batches_are_lacers_alone(server: Server) -> None:
+def test_batches_are_lacers_alone(server: Served) -> None:
     made = make("lacer", server, "good", batch=5).propose(begun("lacer"), 5)
     assert [p.rejected for p in made] == [""] * 5
     for name in ALL[1:]:
@@ -257,7 +236,7 @@ def test_factors_that_are_offered_can_be_edited_alone() -> None:
         assert reached <= offered
 
 
-def test_an_edit_outside_its_factor_is_refused(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_edit_outside_its_factor_is_refused(serve: Callable[..., Served]) -> None:
     study = begun("spark")
     base = study[0].proposal.point
     assert base is not None
@@ -267,12 +246,7 @@ def test_an_edit_outside_its_factor_is_refused(server: Server, monkeypatch: pyte
         f"{part}.operator", "fusion.operator"})
     replies = [{"factor": f"{part}.operator", "reason": "r"}, {"directive": "d"},
                *({"encoders": [{"rationale": "x", "encoder": SPACE.to_spec(p).to_dict()}]} for p in (both, inside))]
-    own = Server({"replies": [{"text": json.dumps(r)} for r in replies]})
-    try:
-        made = play(make("spark", own, ""), study, 1)
-    finally:
-        own.process.kill()
-        own.process.wait()
+    made = play(make("spark", serve(*({"text": json.dumps(r)} for r in replies)), ""), study, 1)
     assert "changes fusion.operator, outside the factor" in made[0].rejected
     assert made[0].meta["fault"] == "entangled"
     assert made[1].point == inside
@@ -296,7 +270,7 @@ def test_dummy_forward_runs_every_block_and_finds_what_cannot_run() -> None:
         assert isinstance(dummy_forward(EncoderSpec.parse(spec, card), card), str)
 
 
-def test_an_encoder_that_cannot_run_goes_back(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_encoder_that_cannot_run_goes_back(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     from lacer.search.designers import feedback_memory
 
     tried: list[EncoderSpec] = []
@@ -329,7 +303,7 @@ def test_lm_searcher_pool_and_scores() -> None:
     assert (values[0], values[-1]) == (1.0, 0.0)
 
 
-def test_lm_searcher_on_tables_with_a_server_and_with_replay(server: Server, tmp_path: Path) -> None:
+def test_lm_searcher_on_tables_with_a_server_and_with_replay(server: Served, tmp_path: Path) -> None:
     strings = [f"{a}{b}{c}" for a in "xyz" for b in "0123" for c in "pq"]
     space = SearchSpace.from_table(strings)
 
@@ -340,7 +314,7 @@ def test_lm_searcher_on_tables_with_a_server_and_with_replay(server: Server, tmp
         return search(space=space, objective=objective, designer="lm-searcher", candidates=11, out=tmp_path / out,
                       quiet=True, ahead=0, **options)
 
-    first = go("a", llm="openai:scripted", llm_base_url=url(server, "good"))
+    first = go("a", llm="openai:scripted", llm_base_url=server.of("good"))
     trials = first.study.trials
     assert [t.proposal.meta["source"] for t in trials[:5]] == ["random"] * 5
     assert {t.proposal.designer for t in trials} == {"lm-searcher"}
@@ -350,10 +324,10 @@ def test_lm_searcher_on_tables_with_a_server_and_with_replay(server: Server, tmp
     assert [t.ncode for t in again.study.trials] == [t.ncode for t in trials]
 
 
-def test_lm_searcher_in_a_bench(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lm_searcher_in_a_bench(server: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = Path(__file__).parents[2] / "benchmarks" / "data" / "nasbench_macro.csv.gz"
     config = BenchConfig(table=str(table), score="mean_acc", designers="random,lm-searcher", budget=9, seeds=2,
-                         workers=1, llm="openai:scripted", llm_base_url=url(server, "good"), llm_price_in=1,
+                         workers=1, llm="openai:scripted", llm_base_url=server.of("good"), llm_price_in=1,
                          llm_price_out=10)
     first = bench(config, tmp_path / "a", quiet=True)
     assert {k: v for k, v in first.usage("lm-searcher").items() if k != "seconds"} == {
@@ -383,11 +357,11 @@ def test_lm_searcher_in_a_bench(server: Server, tmp_path: Path, monkeypatch: pyt
     assert len(transcript.read_text().splitlines()) == 4, "the run that was cut off began anew"
 
 
-def test_only_lm_searcher_searches_other_spaces(server: Server) -> None:
+def test_only_lm_searcher_searches_other_spaces(server: Served) -> None:
     for name in ALL[:-1]:
         with pytest.raises(LacerError, match="choose lm-searcher"):
             search(space=SearchSpace([Decision("a", (1, 2))]), objective=lambda p: 0.0, designer=name, quiet=True,
-                   llm="openai:x", llm_base_url=url(server, "good"))
+                   llm="openai:x", llm_base_url=server.of("good"))
 
 
 # -- configuration --------------------------
@@ -457,15 +431,15 @@ STEERED = {**TINY, "env_kwargs": {"sources": ["position", "trend", "noise"]}, "w
            "candidates": 5, "ahead": 0, "limits": {}}
 
 
-def reasoned(name: str, server: Server, out: Path) -> list[set[str]]:
+def reasoned(name: str, server: Served, out: Path) -> list[set[str]]:
     """The sources that each encoder of a real search uses, with a model that reasons over the probes in the prompt."""
     result = search(out=out, quiet=True, **{**STEERED, "designer": name, "llm": "openai:scripted",
-                                            "llm_base_url": url(server, "reasoner")})
+                                            "llm_base_url": server.of("reasoner")})
     return [set(t.spec.sources) for t in result.outcome.trials if t.spec is not None and t.status == "ok"]
 
 
 @pytest.mark.slow
-def test_a_reasoner_over_probes_drops_the_useless_source_of_real_runs(server: Server, tmp_path: Path) -> None:
+def test_a_reasoner_over_probes_drops_the_useless_source_of_real_runs(server: Served, tmp_path: Path) -> None:
     """With PPO runs. Optimal routing: all sources that the reward depends on, and not the noise."""
     assert {"position", "trend"} in reasoned("lacer", server, tmp_path / "lacer")[:5]
     assert {"position", "trend"} not in reasoned("genius", server, tmp_path / "genius")
@@ -481,7 +455,7 @@ def real_evaluation() -> Evaluation:
                           protocol=protocol, text_model="hash"))
 
 
-def test_a_reasoner_over_probes_drops_the_useless_source(server: Server, real_evaluation: Evaluation) -> None:
+def test_a_reasoner_over_probes_drops_the_useless_source(server: Served, real_evaluation: Evaluation) -> None:
     """Every encoder gets the probes that one real run measured for the sources that it uses; the scores are made up,
     and the same for all, so nothing but the probes tells which source is useless."""
     assert real_evaluation.ok
@@ -544,14 +518,14 @@ def test_what_was_answered_by_hand_is_still_read() -> None:
 # -- lacer prompt ---------------------------
 
 
-def test_lacer_prompt_shows_what_the_model_saw_and_said(server: Server, tmp_path: Path,
+def test_lacer_prompt_shows_what_the_model_saw_and_said(server: Served, tmp_path: Path,
                                                        capsys: pytest.CaptureFixture[str]) -> None:
     from lacer.search.cli import main
 
     space = SearchSpace([Decision("a", tuple(range(9))), Decision("b", (1, 2, 3))])
     run = tmp_path / "run"
     search(space=space, objective=lambda p: p["a"], designer="lm-searcher", candidates=7, out=run, quiet=True, ahead=0,
-           llm="openai:scripted", llm_base_url=url(server, "good"))
+           llm="openai:scripted", llm_base_url=server.of("good"))
     main(["prompt", str(run), "6"])
     out = capsys.readouterr().out
     assert "#6, proposed by lm-searcher" in out
@@ -579,9 +553,9 @@ def test_lacer_prompt_shows_what_the_model_saw_and_said(server: Server, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
-def test_a_whole_search(name: str, server: Server, tmp_path: Path) -> None:
+def test_a_whole_search(name: str, server: Served, tmp_path: Path) -> None:
     result = search(out=tmp_path / "r", quiet=True, **{**STEERED, "designer": name, "candidates": 8, "protocol": {
-        **STEERED["protocol"], "steps": 256}, "llm": "openai:scripted", "llm_base_url": url(server, "good")})
+        **STEERED["protocol"], "steps": 256}, "llm": "openai:scripted", "llm_base_url": server.of("good")})
     made = [t for t in result.outcome.trials if t.status != "rejected"][1:]
     assert {t.proposal.designer for t in made} == {name}
     assert result.outcome.usage["requests"] > 0
@@ -591,10 +565,10 @@ def test_a_whole_search(name: str, server: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_benchmark_of_prompt_sets(server: Server, tmp_path: Path) -> None:
+def test_benchmark_of_prompt_sets(server: Served, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, Path(__file__).parents[2] / "benchmarks" / "prompt_sets.py", "llm=openai:x", "seeds=2",
-         f"llm_base_url={url(server, 'good')}", "candidates=3", "steps=256", "episodes=2", f"out={tmp_path}"],
+         f"llm_base_url={server.of('good')}", "candidates=3", "steps=256", "episodes=2", f"out={tmp_path}"],
         capture_output=True, text=True, check=True, timeout=1800)
     got = json.loads(done.stdout.splitlines()[-1])
     assert got["proposed_by_model"] == 1

@@ -20,7 +20,7 @@ from lacer.search.llm.reply import MAX_TEXT, clean
 from lacer.search.llm.words import quoted
 from lacer.search.loop import make_designer
 from lacer.search.study import Study
-from tests.search.test_llm import SPACE, Server, answer, new_study, record, spec, with_expert
+from tests.search.test_llm import SPACE, answer, new_study, record, spec, with_expert
 from tests.search.test_llm_models import SYSTEM, sample
 
 SCHEMAS = {k: reply_schema(SPACE, k) for k in (1, 3)}
@@ -221,14 +221,9 @@ def test_two_thousand_odd_replies_to_every_designer(name: str, tmp_path: Path) -
     check_designer(name, 2000, 3, (1000, MAX_REPLY + 1000), tmp_path)
 
 
-def test_a_reply_of_ten_megabytes_over_http(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    s = Server({"replies": [{"text": '{"encoders": [', "times": 700_000}]})
-    try:
-        reply = LLMClient(LLMConfig(model="openai:x", base_url=s.url), tmp_path).complete(SYSTEM, SCHEMAS[1])
-    finally:
-        s.process.kill()
-        s.process.wait()
+def test_a_reply_of_ten_megabytes_over_http(serve: Any, tmp_path: Path) -> None:
+    s = serve({"text": '{"encoders": [', "times": 700_000})
+    reply = LLMClient(LLMConfig(model="openai:x", base_url=s.url), tmp_path).complete(SYSTEM, SCHEMAS[1])
     assert len(reply.text) == MAX_REPLY + 1
     assert "longer than 200,000 characters" in parse_reply(reply.text, SPACE, 1)[0].error
     assert (tmp_path / "llm_transcript.jsonl").stat().st_size < 10 * MAX_REPLY

@@ -11,7 +11,6 @@ import pty
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,33 +24,22 @@ from lacer.search.designers.base import DesignerStopped
 from lacer.search.designers.lacer import Lacer
 from lacer.search.engine import Budget, Engine
 from lacer.search.executors import InProcess
-from lacer.search.llm import Fallback, LLMClient, LLMConfig, LLMError, client, parse_reply, reply_schema, server
+from lacer.search.llm import Fallback, LLMClient, LLMConfig, LLMError, parse_reply, reply_schema, server
 from lacer.search.llm.base import llm_config
 from lacer.search.llm.human import Human
+from lacer.search.llm.reply import to_point
 from lacer.search.loop import SearchResult, asks_a_person, make_designer, summary
 from lacer.search.outcome import Outcome, describe_usage, total_usage
 from lacer.search.progress import Display
 from lacer.search.report import write_report
 from lacer.search.space import EncoderSpace
 from lacer.search.study import Proposal, Study
-from tests.search.test_llm import CARD, KEY, SPACE, Server, answer, new_study, record, spec, with_expert
+from tests.search.llm_server import Served
+from tests.search.test_llm import CARD, SPACE, answer, new_study, record, spec, with_expert
 
+pytestmark = pytest.mark.usefixtures("llm_environment")
 SYSTEM = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
 SCHEMA = reply_schema(SPACE, 1)
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., Server]]:
-    servers: list[Server] = []
-
-    def start(*replies: dict[str, Any], **script: Any) -> Server:
-        servers.append(Server({"replies": replies, **script}))
-        return servers[-1]
-
-    yield start
-    for s in servers:
-        s.process.kill()
-        s.process.wait()
 
 
 @pytest.fixture
@@ -59,22 +47,12 @@ def study() -> Study:
     return with_expert(new_study())
 
 
-@pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("OPENAI_BASE_URL", "ANTHROPIC_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setenv("ANTHROPIC_API_KEY", "ant-" + KEY[3:])
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(client, "BACKOFF", 0.02)
-
-
-def config(server: Server, provider: str = "openai", **fields: Any) -> LLMConfig:
+def config(server: Served, provider: str = "openai", **fields: Any) -> LLMConfig:
     return LLMConfig(**{"model": f"{provider}:scripted", "base_url": server.url, "timeout": 20.0, "retries": 2,
                         **fields})
 
 
-def asked(server: Server) -> list[str]:
+def asked(server: Served) -> list[str]:
     """The form of every request."""
     return [r["body"].get("response_format", {}).get("type", "tool" if "tools" in r["body"] else "plain")
             for r in server.requests]
@@ -362,19 +340,13 @@ def test_a_person_answers_through_a_pipe(study: Study, monkeypatch: pytest.Monke
     assert "To be said in the same chat" in shown
     assert "holds no JSON object" in (tmp_path / "llm_prompt.md").read_text()
     record(study, made)
-    assert d.propose(study, 1)[0].point == SPACE.from_spec(_parse(spec(16)))
+    assert d.propose(study, 1)[0].point == to_point(spec(16), SPACE)
     made = d.propose(study, 1)
     assert made[0].designer == "evolution"
     assert "no more answers" in made[0].rationale
     lines = [json.loads(x) for x in (tmp_path / "llm_transcript.jsonl").read_text().splitlines()]
     assert [x["format"] for x in lines] == ["human"] * 3
     assert lines[1]["reply"] == pasted
-
-
-def _parse(data: dict[str, Any]) -> Any:
-    from lacer.encoders import EncoderSpec
-
-    return EncoderSpec.parse(data, CARD)
 
 
 def test_a_person_at_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

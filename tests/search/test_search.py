@@ -9,9 +9,9 @@ import shutil
 import signal
 import sqlite3
 import subprocess
-import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from lacer.agents import load
 from lacer.envs import LacerError, make
 from lacer.search import search
 from tests.search.conftest import TINY, Lacer, Start
+from tests.search.llm_server import Served
 from tests.search.offline_wandb import read
 
 KEY = "sk-planted-0123456789abcdef"
@@ -318,7 +319,7 @@ def test_a_failing_candidate_is_a_result(tmp_path: Path, monkeypatch: pytest.Mon
         assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
 
 
-def test_an_llm_over_http(tiny: Path, lacer: Lacer, tmp_path: Path) -> None:
+def test_an_llm_over_http(tiny: Path, lacer: Lacer, serve: Callable[..., Served], tmp_path: Path) -> None:
     """A search with a language model that is sometimes right, sometimes wrong, and in the end only sends garbage."""
     def answer(width: int) -> str:
         encoder = {"sources": {"position": {"block": "linear", "width": width}},
@@ -326,19 +327,11 @@ def test_an_llm_over_http(tiny: Path, lacer: Lacer, tmp_path: Path) -> None:
         return json.dumps({"encoders": [{"rationale": "noise is noise", "based_on": [0], "expected": 0.5,
                                          "encoder": encoder}]})
 
-    script = {"replies": [{"text": answer(16)}, {"text": answer(16)}, {"text": answer(7)}, {"text": answer(32)},
-                          {"status": 500}, {"text": "I would rather talk about the weather."}]}
-    server = subprocess.Popen([sys.executable, str(Path(__file__).with_name("llm_server.py")), json.dumps(script)],
-                              stdout=subprocess.PIPE, text=True)
-    try:
-        assert server.stdout is not None
-        url = f"http://127.0.0.1:{int(server.stdout.readline())}/v1"
-        folder = tmp_path / "run"
-        done = lacer("search", "--config", tiny, "--designer", "lacer", "--llm", "openai:some-model", "--llm-base-url",
-                     url, "--candidates", 4, "--workers", 1, "--out", folder, OPENAI_API_KEY=KEY)
-    finally:
-        server.kill()
-        server.wait()
+    server = serve({"text": answer(16)}, {"text": answer(16)}, {"text": answer(7)}, {"text": answer(32)},
+                   {"status": 500}, {"text": "I would rather talk about the weather."})
+    folder = tmp_path / "run"
+    done = lacer("search", "--config", tiny, "--designer", "lacer", "--llm", "openai:some-model", "--llm-base-url",
+                 server.url, "--candidates", 4, "--workers", 1, "--out", folder, OPENAI_API_KEY=KEY)
     assert done.returncode == 0, done.stderr
     got = [(t.user_attrs["designer"], t.state.name) for t in trials(folder)]
     assert [g for g in got if g[1] == "COMPLETE"] == [

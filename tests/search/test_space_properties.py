@@ -17,8 +17,6 @@ from lacer.encoders import EncoderSpec, TextTable, build
 from lacer.envs import TaskCard, list_envs, task_card
 from lacer.search.space import CONDITION, UNUSED, EncoderSpace, SearchSpace, load_space
 
-torch.set_num_threads(1)  # small networks: more threads only wait for each other
-
 ENVS: dict[str, dict[str, Any]] = {
     "lacer/KnownSources-v0": {"sources": ("position", "trend", "picture", "words", "crowd", "echo", "noise")},
 }

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,14 +51,6 @@ PROTOCOL = Protocol(steps=256, eval_episodes=2, ppo=PPOConfig(
 STEPS = 384
 SMALL: dict[str, dict[str, Any]] = {"darts": {}, "enas": {"compared": 2, "episodes": 1, "rollout": 8},
                                     "pepnas": {"population": 4, "generations": 2, "episodes": 1}}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def trainer(folder: Path | None = None, **kwargs: Any) -> Trainer:
