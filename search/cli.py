@@ -133,7 +133,7 @@ class _Parser(ArgumentParser):
     def _wrong_value(self, key: str, message: str) -> str:
         """In words, what an option's value has to be."""
         action = next((a for a in self._actions if a.dest == key), None)
-        kind = getattr(action, "_typehint", None) or getattr(action, "type", None)
+        kind: Any = getattr(action, "_typehint", None) or getattr(action, "type", None)
         kind = next((k for k in get_args(kind) if k is not type(None)), kind) if type(None) in get_args(kind) else kind
         inner = next((k for k in get_args(kind) if get_origin(k) is Literal), kind)
         given = re.search(r"(?:Given value:|Got value:) (.*)$", message)
