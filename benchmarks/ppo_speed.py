@@ -10,12 +10,14 @@ with its update each; a ratio is the median over the rounds. `sb3` is SB3's loop
 with the same policy; `ours` is the loop without shortcuts (the same numbers), further sides are ours with shortcuts;
 `defaults` is SB3 with its default hyper-parameters, one environment and a CombinedExtractor whose CNN is that of the
 composite (`nature`), to which the ratio is taken on samples a second. `limit` is the forward and backward passes of the
-same minibatches, plus as many inferences as steps, plus the environment alone. `cpu` figures are ratios of processor
-time, which hold on a busy machine too where nothing runs in other processes or threads. The last line is JSON.
+same minibatches, plus as many inferences as steps, plus the environment alone with the actions of a rollout. `cpu`
+figures are ratios of processor time, which hold on a busy machine too where nothing runs in other processes or threads.
+The last line is JSON.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing
 import os
@@ -38,6 +40,7 @@ from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
 from lacer.agents import PPOConfig, Protocol, RunRequest
+from lacer.agents.learner import kept_memory
 from lacer.agents.policy import CompositePolicy, policy_kwargs
 from lacer.agents.ppo import make_model
 from lacer.agents.vec import EncoderVecEnv
@@ -142,16 +145,23 @@ def limit(setting: Setting) -> Callable[[], Any]:
     policy, buffer, venv = model.policy, model.rollout_buffer, model.env.venv  # type: ignore[union-attr]
     batches = list(buffer.get(model.batch_size))  # type: ignore[arg-type]
     obs = obs_as_tensor(model._last_obs, model.device)  # type: ignore[arg-type]
-    actions = np.zeros((setting.ppo.n_envs, *setting.card.action_space.shape), np.float32)  # type: ignore[misc]
+    space = setting.card.action_space
+    assert isinstance(space, spaces.Box)
+    played = buffer.actions.reshape(setting.ppo.n_envs, setting.ppo.n_steps, -1).swapaxes(0, 1)  # laid out for batches
+    actions = played.clip(space.low, space.high)
 
     def once() -> None:
         policy.set_training_mode(False)
         with torch.no_grad():
             for _ in range(setting.ppo.n_steps):
                 policy(obs)
-        for _ in range(setting.ppo.n_steps):
-            venv.step(actions)
+        for a in actions:
+            venv.step(a)
         policy.set_training_mode(True)
+        with kept_memory():
+            update()
+
+    def update() -> None:
         for _ in range(setting.ppo.n_epochs):
             for b in batches:
                 values, log_prob, _ = policy.evaluate_actions(b.observations, b.actions)
@@ -206,20 +216,27 @@ def speed(setting: Setting, rounds: int, threads: int, shortcuts: tuple[str, ...
 
 
 def pair(setting: Setting, rounds: int, shortcuts: tuple[str, ...]) -> dict[str, Any]:
-    """Two candidates at once against one after the other, in worker processes with one thread each."""
+    """Two candidates at once, in worker processes with one thread each, against one after the other with one thread and
+    with two. ``cpu``: the processor time of the two one after the other, twice over that of the two at once: what the
+    ratio would be on two cores that do nothing else."""
     from lacer.search.executors import ProcessPool
 
     folder = Path(tempfile.mkdtemp())
-    pools = {n: ProcessPool(n, folder / "log", 3600) for n in (1, 2)}
+    pools = {}
+    for name, workers, threads in (("one", 1, "1"), ("one, 2 threads", 1, "2"), ("two", 2, "1")):
+        os.environ["LACER_THREADS"] = threads
+        pools[name] = ProcessPool(workers, folder / "log", 3600)
+    del os.environ["LACER_THREADS"]
     protocol = Protocol(steps=6 * setting.rollout, eval_episodes=1,
                         ppo=setting.ppo.model_copy(update={"shortcuts": shortcuts}))
     request = RunRequest(env=setting.env, env_kwargs=setting.kwargs, encoder=setting.spec().to_dict(),
                          protocol=protocol, text_model="hash")
 
-    def both(pool: ProcessPool, steps: int) -> None:
+    def both(pool: ProcessPool, steps: int) -> tuple[float, float]:
+        """Wall time, and processor time of the runs, which their workers have waited for."""
         waiting = [request.model_copy(update={
             "seed": s, "protocol": protocol.model_copy(update={"steps": steps})}) for s in (0, 1)]
-        ended = 0
+        ended, start, cpu = 0, time.perf_counter(), _children_cpu(pool)
         while ended < 2:
             while waiting and pool.free:
                 pool.submit(str(len(waiting)), waiting.pop())
@@ -227,17 +244,35 @@ def pair(setting: Setting, rounds: int, shortcuts: tuple[str, ...]) -> dict[str,
                 if event.evaluation is not None:
                     assert event.evaluation.ok, event.evaluation.reason
                     ended += 1
+        wall = time.perf_counter() - start
+        time.sleep(0.2)  # the workers see the ends
+        return wall, _children_cpu(pool) - cpu
 
-    ratios = []
+    took: dict[str, list[tuple[float, float]]] = {name: [] for name in pools}
     for pool in pools.values():
         both(pool, setting.rollout)
-    for _ in range(rounds):
-        one, two = (clocked(lambda p=p: both(p, protocol.steps))[0] for p in pools.values())  # type: ignore[misc]
-        ratios.append(one / two)
-        print(f"two candidates one after the other {one:.1f} s, at once {two:.1f} s", flush=True)
+    for r in range(rounds):
+        for name in list(pools)[:: 1 if r % 2 == 0 else -1]:
+            took[name].append(both(pools[name], protocol.steps))
+        print("two candidates, wall and processor time: " + ", ".join(
+            f"{n} {t[-1][0]:.1f} s, {t[-1][1]:.1f} s" for n, t in took.items()), flush=True)
     for pool in pools.values():
         pool.close()
-    return {"two_at_once": round(median(ratios), 3)}
+
+    def ratio(name: str, clock: int) -> float:
+        return round(median(a[clock] / b[clock] for a, b in zip(took[name], took["two"], strict=True)), 3)
+
+    return {"at_once_to_one_after_the_other": ratio("one", 0), "cpu": round(2 * ratio("one", 1), 3),
+            "at_once_to_one_after_the_other_with_two_threads": ratio("one, 2 threads", 0), "load": os.getloadavg()[0]}
+
+
+def _children_cpu(pool: Any) -> float:
+    """Seconds of processor time of ended processes below the workers."""
+    total = 0.0
+    for slot in pool._slots:
+        fields = Path(f"/proc/{slot.process.pid}/stat").read_text().rpartition(")")[2].split()
+        total += (int(fields[13]) + int(fields[14])) / os.sysconf("SC_CLK_TCK")
+    return total
 
 
 def _kb(field: str) -> int:
@@ -246,35 +281,54 @@ def _kb(field: str) -> int:
     return int(found[1])
 
 
-def _memory(name: str, make: Callable[[Setting], PPO], setting: Setting, queue: Any) -> None:
+def _memory(make: Callable[[Setting], PPO], setting: Setting, queue: Any) -> None:
     torch.set_num_threads(1)
     small = make(Setting(setting.name, n_steps=8, n_envs=2, batch_size=16))
     small.learn(16)  # libraries, kernels
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before = _kb("VmRSS")
+    model = make(setting)
+    obs = {k: torch.as_tensor(np.stack([v.sample() for _ in range(model.batch_size)]))
+           for k, v in model.observation_space.items()}  # type: ignore[attr-defined]
+    before = _watched()
+    with kept_memory():
+        model.policy.extract_features(obs).sum().backward()  # type: ignore[arg-type, union-attr]
+    batch = _kb("VmHWM") - before
+    model.policy.zero_grad()
+    del model
+    before = _watched()
     model = make(setting)
     model.learn(2 * setting.rollout)
+    peak = _kb("VmHWM") - before
     parameters = sum(p.numel() * p.element_size() for p in model.policy.parameters())
     used = setting.spec().sources
     space = model.observation_space
     assert isinstance(space, spaces.Dict)
     per_step = sum(int(np.prod(s.shape)) * s.dtype.itemsize for k, s in space.items() if k in used)  # type: ignore
-    need = 3 * parameters + setting.rollout * per_step
-    queue.put((name, (_kb("VmHWM") - before) * 1024, need))
+    queue.put((1024 * peak, 3 * parameters + setting.rollout * per_step, 1024 * batch))
 
 
-def memory(setting: Setting) -> dict[str, Any]:
+def _watched() -> int:
+    """Memory in kB from which the peak counts."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _kb("VmRSS")
+
+
+def memory(setting: Setting, shortcuts: tuple[str, ...]) -> dict[str, Any]:
     """Peak memory of building and two rollouts with updates, over what model, Adam's two moments and the observations
-    of one rollout take in their own dtypes."""
+    of one rollout take in their own dtypes; and over that with one minibatch's forward and backward passes
+    (``with_batch``)."""
     out: dict[str, Any] = {}
     context = multiprocessing.get_context("fork")
-    for name, make in (("sb3", Setting.sb3), ("ours", Setting.ours)):
+    sides: dict[str, Callable[[Setting], PPO]] = {
+        "sb3": Setting.sb3, "ours": Setting.ours, "+".join(shortcuts): lambda s: s.ours(shortcuts)}
+    for name, make in sides.items():
         queue = context.Queue()
-        process = context.Process(target=_memory, args=(name, make, setting, queue))
+        process = context.Process(target=_memory, args=(make, setting, queue))
         process.start()
-        _, peak, need = queue.get()
+        peak, need, batch = queue.get()
         process.join()
-        out[name] = {"peak_mb": round(peak / 1e6, 1), "need_mb": round(need / 1e6, 1), "ratio": round(peak / need, 3)}
+        out[name] = {"peak_mb": round(peak / 1e6, 1), "need_mb": round(need / 1e6, 1), "ratio": round(peak / need, 3),
+                     "batch_mb": round(batch / 1e6, 1), "with_batch": round(peak / (need + batch), 3)}
         print(f"peak memory, {name}: {out[name]}", flush=True)
     return out
 
@@ -283,14 +337,14 @@ def main(options: dict[str, str]) -> None:
     name = options.pop("setting", "camera")
     parts = options.pop("parts", "speed").split(",")
     rounds, threads = int(options.pop("rounds", 5)), int(options.pop("threads", os.cpu_count() or 1))
-    shortcuts = tuple(filter(None, options.pop("shortcuts", "fused_adam+channels_last+halves").split("+")))
+    shortcuts = tuple(filter(None, options.pop("shortcuts", "fused_adam+channels_last+batched_ends+halves").split("+")))
     with_defaults = options.pop("defaults", "1") != "0"
     setting = Setting(name, **{k: int(v) for k, v in options.items()})
     out: dict[str, Any] = {"benchmark": "ppo_speed", "setting": name, "threads": threads, "rounds": rounds,
                            "ppo": {k: getattr(setting.ppo, k) for k in ("n_envs", "n_steps", "batch_size", "n_epochs")}}
     if "memory" in parts:
         large = Setting(name, **{"n_steps": 512, **{k: int(v) for k, v in options.items()}})
-        out["memory"] = {"n_steps": large.ppo.n_steps, **memory(large)}
+        out["memory"] = {"n_steps": large.ppo.n_steps, **memory(large, shortcuts)}
     if "speed" in parts:
         out["speed"] = speed(setting, rounds, threads, shortcuts, with_defaults and name == "camera")
     if "pair" in parts:

@@ -80,7 +80,8 @@ def test_without_shortcuts_the_weights_are_those_of_sb3s_own_loop(
     assert [i["r"] for i in a.ep_info_buffer or ()] == [i["r"] for i in b.ep_info_buffer or ()]
 
 
-@pytest.mark.parametrize("shortcuts", [("fused_adam",), ("channels_last",), ("halves",), ("bf16",), ("overlap",),
+@pytest.mark.parametrize("shortcuts", [("fused_adam",), ("channels_last",), ("batched_ends",), ("halves",), ("bf16",),
+                                       ("overlap",),
                                        ("fused_adam", "channels_last", "halves", "overlap")])
 def test_shortcuts_repeat_and_change_little(shortcuts: tuple[Any, ...]) -> None:
     """One update on the same rollout: rounding apart, the same weights. `overlap` changes the second rollout only."""
