@@ -6,13 +6,13 @@
     Options: rounds=5 threads=2 n_envs=8 n_steps=128 batch_size=256 n_epochs=4 shortcuts=fused_adam+channels_last
 
 Sides that are compared have the same encoder, PPO hyper-parameters, environment and seeds, and take turns, one rollout
-with its update each; a ratio is the median over the rounds. `sb3` is SB3's loop, buffer and vectorised environments
-with the same policy; `ours` is the loop without shortcuts (the same numbers), further sides are ours with shortcuts;
-`defaults` is SB3 with its default hyper-parameters, one environment and a CombinedExtractor whose CNN is that of the
-composite (`nature`), to which the ratio is taken on samples a second. `limit` is the forward and backward passes of the
-same minibatches, plus as many inferences as steps, plus the environment alone with the actions of a rollout. `cpu`
-figures are ratios of processor time, which hold on a busy machine too where nothing runs in other processes or threads.
-The last line is JSON.
+with its update each, in a process for each; a ratio is the median over the rounds. `sb3` is SB3's loop, buffer and
+vectorised environments with the same policy; `ours` is the loop without shortcuts (the same numbers), further sides are
+ours with shortcuts; `defaults` is SB3 with its default hyper-parameters, one environment and a CombinedExtractor whose
+CNN is that of the composite (`nature`), to which the ratio is taken on samples a second. `limit` is the forward and
+backward passes of the same minibatches, plus as many inferences as steps, plus the environment alone with the actions
+of a rollout. `cpu` figures are ratios of processor time, which hold on a busy machine too where nothing runs in other
+processes. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -171,47 +171,82 @@ def limit(setting: Setting) -> Callable[[], Any]:
     return once
 
 
+class Side:
+    """One of the sides that are compared, in a process of its own: what a side asks of the memory allocator would help
+    the others."""
+
+    def __init__(self, make: Callable[[], PPO | Callable[[], Any]], steps: int, threads: int) -> None:
+        context = multiprocessing.get_context("fork")
+        self.steps = steps
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=self._work, args=(make, threads, theirs))
+        self._process.start()
+        self._pipe.recv()
+
+    def _work(self, make: Callable[[], PPO | Callable[[], Any]], threads: int, pipe: Any) -> None:
+        torch.set_num_threads(threads)
+        made = make()
+
+        def once() -> None:
+            if isinstance(made, PPO):
+                made.learn(self.steps)
+            else:
+                made()
+
+        once()  # warm up
+        pipe.send(None)
+        while pipe.recv():
+            wall, cpu = clocked(once)
+            pipe.send((wall / self.steps, cpu / self.steps))
+        if isinstance(made, PPO):
+            close_vec(made.env)  # type: ignore[arg-type]
+
+    def __call__(self) -> tuple[float, float]:
+        """Seconds a sample: wall time, processor time."""
+        self._pipe.send(True)
+        return self._pipe.recv()  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        self._pipe.send(False)
+        self._process.join()
+
+
 def speed(setting: Setting, rounds: int, threads: int, shortcuts: tuple[str, ...], with_defaults: bool,
           ) -> dict[str, Any]:
-    torch.set_num_threads(threads)
-    models: dict[str, PPO] = {"sb3": setting.sb3(), "ours": setting.ours()}
-    if shortcuts:
-        models["+".join(shortcuts)] = setting.ours(shortcuts)
+    names = ["sb3", "ours"]
+    rollout = setting.rollout
+    sides = {"sb3": Side(setting.sb3, rollout, threads), "ours": Side(setting.ours, rollout, threads)}
+    if shortcuts:  # overlap pays from the second rollout on
+        names.append("+".join(shortcuts))
+        steps = rollout * (4 if "overlap" in shortcuts else 1)
+        sides[names[-1]] = Side(lambda: setting.ours(shortcuts), steps, threads)
     if with_defaults:
-        models["ours, nature"] = setting.ours(shortcuts, setting.spec({"block": "nature", "width": 256}))
-        models["defaults"] = setting.defaults()
-    steps = {name: m.n_steps * m.n_envs for name, m in models.items()}
-    if "overlap" in shortcuts:  # it pays from the second rollout on
-        steps = {name: 4 * n if "overlap" in name else n for name, n in steps.items()}
-    sides: dict[str, Callable[[], Any]] = {
-        n: (lambda m=m, n=n: m.learn(steps[n])) for n, m in models.items()}  # type: ignore[misc]
-    sides["limit"], steps["limit"] = limit(setting), setting.rollout
-    for side in sides.values():
-        side()  # warm up
+        nature = setting.spec({"block": "nature", "width": 256})
+        sides["ours, nature"] = Side(lambda: setting.ours(shortcuts, nature), rollout, threads)
+        sides["defaults"] = Side(setting.defaults, 2048, threads)
+    sides["limit"] = Side(lambda: limit(setting), rollout, threads)
     took: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for r in range(rounds):
         for name in list(sides)[:: 1 if r % 2 == 0 else -1]:
-            wall, cpu = clocked(sides[name])
-            took[name].append((wall / steps[name], cpu / steps[name]))
+            took[name].append(sides[name]())
         print(f"round {r + 1}: " + ", ".join(f"{n} {1 / t[-1][0]:.0f}" for n, t in took.items()) + " samples/s",
               flush=True)
-    for m in models.values():
-        close_vec(m.env)  # type: ignore[arg-type]
+    for side in sides.values():
+        side.close()
 
     def ratio(a: str, b: str, clock: int) -> float:
         """Samples a second of a over those of b."""
         return round(median(y[clock] / x[clock] for x, y in zip(took[a], took[b], strict=True)), 3)
 
     out: dict[str, Any] = {"samples_per_s": {n: round(1 / median(x[0] for x in t)) for n, t in took.items()}}
-    for name in models:
-        if name in ("sb3", "defaults", "ours, nature"):
-            continue
+    for name in names[1:]:
         out[name] = {"to_sb3": ratio(name, "sb3", 0), "to_sb3_cpu": ratio(name, "sb3", 1),
                      "of_limit": ratio(name, "limit", 0), "of_limit_cpu": ratio(name, "limit", 1)}
     if with_defaults:
         out["ours, nature"] = {"to_defaults": ratio("ours, nature", "defaults", 0),
                                "to_defaults_cpu": ratio("ours, nature", "defaults", 1)}
     out["sb3"] = {"of_limit": ratio("sb3", "limit", 0), "of_limit_cpu": ratio("sb3", "limit", 1)}
+    out["load"] = os.getloadavg()[0]
     return out
 
 
