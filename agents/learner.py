@@ -306,7 +306,7 @@ def _unchecked_distributions() -> Iterator[None]:
 @contextmanager
 def kept_memory() -> Iterator[None]:
     """glibc keeps freed memory meanwhile. By default it gives large blocks back to the system and asks for them anew in
-    every minibatch; the page faults of that take a quarter of an update. Elsewhere it does nothing."""
+    every minibatch; the page faults of that take up to a quarter of an update. Elsewhere it does nothing."""
     if platform.libc_ver()[0] != "glibc":
         yield
         return

@@ -321,8 +321,9 @@ def _memory(make: Callable[[Setting], PPO], setting: Setting, queue: Any) -> Non
     small = make(Setting(setting.name, n_steps=8, n_envs=2, batch_size=16))
     small.learn(16)  # libraries, kernels
     model = make(setting)
-    obs = {k: torch.as_tensor(np.stack([v.sample() for _ in range(model.batch_size)]))
-           for k, v in model.observation_space.items()}  # type: ignore[attr-defined]
+    seen: Any = model.env.reset()  # type: ignore[union-attr]
+    obs = {k: torch.as_tensor(np.resize(v, (model.batch_size, *v.shape[1:]))) for k, v in seen.items()}
+    del seen
     before = _watched()
     with kept_memory():
         model.policy.extract_features(obs).sum().backward()  # type: ignore[arg-type, union-attr]
