@@ -195,6 +195,20 @@ def test_perfect_and_useless_features(rng: np.random.Generator) -> None:
     assert linear_probe(noisy, {"y": y}, groups)["y"] == pytest.approx(0.5, abs=0.1)
 
 
+def test_a_unit_that_fires_in_held_out_rows_only_decides_nothing(rng: np.random.Generator) -> None:
+    """As ReLU units do that hardly ever fire: in the rows of the fit it is all but constant."""
+    groups = episodes(20, 30)
+    y = rng.normal(size=600)
+    rare = 1e-4 * rng.normal(size=600)
+    rare[30:60] += 1
+    assert linear_probe(np.stack([y + 0.1 * rng.normal(size=600), rare], 1), {"y": y}, groups)["y"] > 0.95
+    x = rng.normal(size=600)
+    direction = np.stack([x, x + rare], 1)  # the second principal component is the rare unit
+    got = measure(Sample({"a": direction, "b": y[:, None], FUSED: direction}, {"x": x, "y": y}, groups=groups),
+                  ["unique_r2"])
+    assert got["a"]["unique_r2"] == pytest.approx(0.5, abs=0.02) == got["b"]["unique_r2"]
+
+
 def test_targets_do_not_disturb_each_other(rng: np.random.Generator) -> None:
     groups = episodes(10, 30)
     x = rng.normal(size=(300, 5))
