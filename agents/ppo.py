@@ -66,6 +66,7 @@ def make_ppo(policy: type[CompositePolicy], arguments: dict[str, Any], env: Any,
         arguments = {**arguments, "features_extractor_kwargs": {**arguments["features_extractor_kwargs"], "bf16": True}}
     model = CompositePPO(
         policy, env, parts=torch.get_num_threads() if "halves" in shortcuts else 1, overlap="overlap" in shortcuts,
+        batched_ends="batched_ends" in shortcuts,
         rollout_buffer_class=SourceRolloutBuffer,
         rollout_buffer_kwargs={"sources": sources, "channels_last": "channels_last" in shortcuts},
         n_steps=p.n_steps, batch_size=min(p.batch_size, p.n_steps * p.n_envs), n_epochs=p.n_epochs,

@@ -6,16 +6,18 @@
     Options: rounds=5 threads=2 n_envs=8 n_steps=128 batch_size=256 n_epochs=4 shortcuts=fused_adam+channels_last
 
 Sides that are compared have the same encoder, PPO hyper-parameters, environment and seeds, and take turns, one rollout
-with its update each; a ratio is the median over the rounds. `sb3` is SB3's loop, buffer and vectorised environments
-with the same policy; `ours` is the loop without shortcuts (the same numbers), further sides are ours with shortcuts;
-`defaults` is SB3 with its default hyper-parameters, one environment and a CombinedExtractor whose CNN is that of the
-composite (`nature`), to which the ratio is taken on samples a second. `limit` is the forward and backward passes of the
-same minibatches, plus as many inferences as steps, plus the environment alone. `cpu` figures are ratios of processor
-time, which hold on a busy machine too where nothing runs in other processes or threads. The last line is JSON.
+with its update each, in a process for each; a ratio is the median over the rounds. `sb3` is SB3's loop, buffer and
+vectorised environments with the same policy; `ours` is the loop without shortcuts (the same numbers), further sides are
+ours with shortcuts; `defaults` is SB3 with its default hyper-parameters, one environment and a CombinedExtractor whose
+CNN is that of the composite (`nature`), to which the ratio is taken on samples a second. `limit` is the forward and
+backward passes of the same minibatches, plus as many inferences as steps, plus the environment alone with the actions
+of a rollout. `cpu` figures are ratios of processor time, which hold on a busy machine too where nothing runs in other
+processes. The last line is JSON.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing
 import os
@@ -38,6 +40,7 @@ from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
 from lacer.agents import PPOConfig, Protocol, RunRequest
+from lacer.agents.learner import kept_memory
 from lacer.agents.policy import CompositePolicy, policy_kwargs
 from lacer.agents.ppo import make_model
 from lacer.agents.vec import EncoderVecEnv
@@ -142,16 +145,23 @@ def limit(setting: Setting) -> Callable[[], Any]:
     policy, buffer, venv = model.policy, model.rollout_buffer, model.env.venv  # type: ignore[union-attr]
     batches = list(buffer.get(model.batch_size))  # type: ignore[arg-type]
     obs = obs_as_tensor(model._last_obs, model.device)  # type: ignore[arg-type]
-    actions = np.zeros((setting.ppo.n_envs, *setting.card.action_space.shape), np.float32)  # type: ignore[misc]
+    space = setting.card.action_space
+    assert isinstance(space, spaces.Box)
+    played = buffer.actions.reshape(setting.ppo.n_envs, setting.ppo.n_steps, -1).swapaxes(0, 1)  # laid out for batches
+    actions = played.clip(space.low, space.high)
 
     def once() -> None:
         policy.set_training_mode(False)
         with torch.no_grad():
             for _ in range(setting.ppo.n_steps):
                 policy(obs)
-        for _ in range(setting.ppo.n_steps):
-            venv.step(actions)
+        for a in actions:
+            venv.step(a)
         policy.set_training_mode(True)
+        with kept_memory():
+            update()
+
+    def update() -> None:
         for _ in range(setting.ppo.n_epochs):
             for b in batches:
                 values, log_prob, _ = policy.evaluate_actions(b.observations, b.actions)
@@ -161,65 +171,107 @@ def limit(setting: Setting) -> Callable[[], Any]:
     return once
 
 
+class Side:
+    """One of the sides that are compared, in a process of its own: what a side asks of the memory allocator would help
+    the others."""
+
+    def __init__(self, make: Callable[[], PPO | Callable[[], Any]], steps: int, threads: int) -> None:
+        context = multiprocessing.get_context("fork")
+        self.steps = steps
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=self._work, args=(make, threads, theirs))
+        self._process.start()
+        self._pipe.recv()
+
+    def _work(self, make: Callable[[], PPO | Callable[[], Any]], threads: int, pipe: Any) -> None:
+        torch.set_num_threads(threads)
+        made = make()
+
+        def once() -> None:
+            if isinstance(made, PPO):
+                made.learn(self.steps)
+            else:
+                made()
+
+        once()  # warm up
+        pipe.send(None)
+        while pipe.recv():
+            wall, cpu = clocked(once)
+            pipe.send((wall / self.steps, cpu / self.steps))
+        if isinstance(made, PPO):
+            close_vec(made.env)  # type: ignore[arg-type]
+
+    def __call__(self) -> tuple[float, float]:
+        """Seconds a sample: wall time, processor time."""
+        self._pipe.send(True)
+        return self._pipe.recv()  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        self._pipe.send(False)
+        self._process.join()
+
+
 def speed(setting: Setting, rounds: int, threads: int, shortcuts: tuple[str, ...], with_defaults: bool,
           ) -> dict[str, Any]:
-    torch.set_num_threads(threads)
-    models: dict[str, PPO] = {"sb3": setting.sb3(), "ours": setting.ours()}
-    if shortcuts:
-        models["+".join(shortcuts)] = setting.ours(shortcuts)
+    names = ["sb3", "ours"]
+    rollout = setting.rollout
+    sides = {"sb3": Side(setting.sb3, rollout, threads), "ours": Side(setting.ours, rollout, threads)}
+    if shortcuts:  # overlap pays from the second rollout on
+        names.append("+".join(shortcuts))
+        steps = rollout * (4 if "overlap" in shortcuts else 1)
+        sides[names[-1]] = Side(lambda: setting.ours(shortcuts), steps, threads)
     if with_defaults:
-        models["ours, nature"] = setting.ours(shortcuts, setting.spec({"block": "nature", "width": 256}))
-        models["defaults"] = setting.defaults()
-    steps = {name: m.n_steps * m.n_envs for name, m in models.items()}
-    if "overlap" in shortcuts:  # it pays from the second rollout on
-        steps = {name: 4 * n if "overlap" in name else n for name, n in steps.items()}
-    sides: dict[str, Callable[[], Any]] = {
-        n: (lambda m=m, n=n: m.learn(steps[n])) for n, m in models.items()}  # type: ignore[misc]
-    sides["limit"], steps["limit"] = limit(setting), setting.rollout
-    for side in sides.values():
-        side()  # warm up
+        nature = setting.spec({"block": "nature", "width": 256})
+        sides["ours, nature"] = Side(lambda: setting.ours(shortcuts, nature), rollout, threads)
+        sides["defaults"] = Side(setting.defaults, 2048, threads)
+    sides["limit"] = Side(lambda: limit(setting), rollout, threads)
     took: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for r in range(rounds):
         for name in list(sides)[:: 1 if r % 2 == 0 else -1]:
-            wall, cpu = clocked(sides[name])
-            took[name].append((wall / steps[name], cpu / steps[name]))
+            took[name].append(sides[name]())
         print(f"round {r + 1}: " + ", ".join(f"{n} {1 / t[-1][0]:.0f}" for n, t in took.items()) + " samples/s",
               flush=True)
-    for m in models.values():
-        close_vec(m.env)  # type: ignore[arg-type]
+    for side in sides.values():
+        side.close()
 
     def ratio(a: str, b: str, clock: int) -> float:
         """Samples a second of a over those of b."""
         return round(median(y[clock] / x[clock] for x, y in zip(took[a], took[b], strict=True)), 3)
 
     out: dict[str, Any] = {"samples_per_s": {n: round(1 / median(x[0] for x in t)) for n, t in took.items()}}
-    for name in models:
-        if name in ("sb3", "defaults", "ours, nature"):
-            continue
+    for name in names[1:]:
         out[name] = {"to_sb3": ratio(name, "sb3", 0), "to_sb3_cpu": ratio(name, "sb3", 1),
                      "of_limit": ratio(name, "limit", 0), "of_limit_cpu": ratio(name, "limit", 1)}
     if with_defaults:
         out["ours, nature"] = {"to_defaults": ratio("ours, nature", "defaults", 0),
                                "to_defaults_cpu": ratio("ours, nature", "defaults", 1)}
     out["sb3"] = {"of_limit": ratio("sb3", "limit", 0), "of_limit_cpu": ratio("sb3", "limit", 1)}
+    out["load"] = os.getloadavg()[0]
     return out
 
 
 def pair(setting: Setting, rounds: int, shortcuts: tuple[str, ...]) -> dict[str, Any]:
-    """Two candidates at once against one after the other, in worker processes with one thread each."""
+    """Two candidates at once, in worker processes with one thread each, against one after the other with one thread and
+    with two. ``cpu``: the processor time of the two one after the other, twice over that of the two at once: what the
+    ratio would be on two cores that do nothing else."""
     from lacer.search.executors import ProcessPool
 
     folder = Path(tempfile.mkdtemp())
-    pools = {n: ProcessPool(n, folder / "log", 3600) for n in (1, 2)}
+    pools = {}
+    for name, workers, threads in (("one", 1, "1"), ("one, 2 threads", 1, "2"), ("two", 2, "1")):
+        os.environ["LACER_THREADS"] = threads
+        pools[name] = ProcessPool(workers, folder / "log", 3600)
+    del os.environ["LACER_THREADS"]
     protocol = Protocol(steps=6 * setting.rollout, eval_episodes=1,
                         ppo=setting.ppo.model_copy(update={"shortcuts": shortcuts}))
     request = RunRequest(env=setting.env, env_kwargs=setting.kwargs, encoder=setting.spec().to_dict(),
                          protocol=protocol, text_model="hash")
 
-    def both(pool: ProcessPool, steps: int) -> None:
+    def both(pool: ProcessPool, steps: int) -> tuple[float, float]:
+        """Wall time, and processor time of the runs, which their workers have waited for."""
         waiting = [request.model_copy(update={
             "seed": s, "protocol": protocol.model_copy(update={"steps": steps})}) for s in (0, 1)]
-        ended = 0
+        ended, start, cpu = 0, time.perf_counter(), _children_cpu(pool)
         while ended < 2:
             while waiting and pool.free:
                 pool.submit(str(len(waiting)), waiting.pop())
@@ -227,17 +279,35 @@ def pair(setting: Setting, rounds: int, shortcuts: tuple[str, ...]) -> dict[str,
                 if event.evaluation is not None:
                     assert event.evaluation.ok, event.evaluation.reason
                     ended += 1
+        wall = time.perf_counter() - start
+        time.sleep(0.2)  # the workers see the ends
+        return wall, _children_cpu(pool) - cpu
 
-    ratios = []
+    took: dict[str, list[tuple[float, float]]] = {name: [] for name in pools}
     for pool in pools.values():
         both(pool, setting.rollout)
-    for _ in range(rounds):
-        one, two = (clocked(lambda p=p: both(p, protocol.steps))[0] for p in pools.values())  # type: ignore[misc]
-        ratios.append(one / two)
-        print(f"two candidates one after the other {one:.1f} s, at once {two:.1f} s", flush=True)
+    for r in range(rounds):
+        for name in list(pools)[:: 1 if r % 2 == 0 else -1]:
+            took[name].append(both(pools[name], protocol.steps))
+        print("two candidates, wall and processor time: " + ", ".join(
+            f"{n} {t[-1][0]:.1f} s, {t[-1][1]:.1f} s" for n, t in took.items()), flush=True)
     for pool in pools.values():
         pool.close()
-    return {"two_at_once": round(median(ratios), 3)}
+
+    def ratio(name: str, clock: int) -> float:
+        return round(median(a[clock] / b[clock] for a, b in zip(took[name], took["two"], strict=True)), 3)
+
+    return {"at_once_to_one_after_the_other": ratio("one", 0), "cpu": round(2 * ratio("one", 1), 3),
+            "at_once_to_one_after_the_other_with_two_threads": ratio("one, 2 threads", 0), "load": os.getloadavg()[0]}
+
+
+def _children_cpu(pool: Any) -> float:
+    """Seconds of processor time of ended processes below the workers."""
+    total = 0.0
+    for slot in pool._slots:
+        fields = Path(f"/proc/{slot.process.pid}/stat").read_text().rpartition(")")[2].split()
+        total += (int(fields[13]) + int(fields[14])) / os.sysconf("SC_CLK_TCK")
+    return total
 
 
 def _kb(field: str) -> int:
@@ -246,35 +316,55 @@ def _kb(field: str) -> int:
     return int(found[1])
 
 
-def _memory(name: str, make: Callable[[Setting], PPO], setting: Setting, queue: Any) -> None:
+def _memory(make: Callable[[Setting], PPO], setting: Setting, queue: Any) -> None:
     torch.set_num_threads(1)
     small = make(Setting(setting.name, n_steps=8, n_envs=2, batch_size=16))
     small.learn(16)  # libraries, kernels
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before = _kb("VmRSS")
+    model = make(setting)
+    seen: Any = model.env.reset()  # type: ignore[union-attr]
+    obs = {k: torch.as_tensor(np.resize(v, (model.batch_size, *v.shape[1:]))) for k, v in seen.items()}
+    del seen
+    before = _watched()
+    with kept_memory():
+        model.policy.extract_features(obs).sum().backward()  # type: ignore[arg-type, union-attr]
+    batch = _kb("VmHWM") - before
+    model.policy.zero_grad()
+    del model
+    before = _watched()
     model = make(setting)
     model.learn(2 * setting.rollout)
+    peak = _kb("VmHWM") - before
     parameters = sum(p.numel() * p.element_size() for p in model.policy.parameters())
     used = setting.spec().sources
     space = model.observation_space
     assert isinstance(space, spaces.Dict)
     per_step = sum(int(np.prod(s.shape)) * s.dtype.itemsize for k, s in space.items() if k in used)  # type: ignore
-    need = 3 * parameters + setting.rollout * per_step
-    queue.put((name, (_kb("VmHWM") - before) * 1024, need))
+    queue.put((1024 * peak, 3 * parameters + setting.rollout * per_step, 1024 * batch))
 
 
-def memory(setting: Setting) -> dict[str, Any]:
+def _watched() -> int:
+    """Memory in kB from which the peak counts."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _kb("VmRSS")
+
+
+def memory(setting: Setting, shortcuts: tuple[str, ...]) -> dict[str, Any]:
     """Peak memory of building and two rollouts with updates, over what model, Adam's two moments and the observations
-    of one rollout take in their own dtypes."""
+    of one rollout take in their own dtypes; and over that with one minibatch's forward and backward passes
+    (``with_batch``)."""
     out: dict[str, Any] = {}
     context = multiprocessing.get_context("fork")
-    for name, make in (("sb3", Setting.sb3), ("ours", Setting.ours)):
+    sides: dict[str, Callable[[Setting], PPO]] = {
+        "sb3": Setting.sb3, "ours": Setting.ours, "+".join(shortcuts): lambda s: s.ours(shortcuts)}
+    for name, make in sides.items():
         queue = context.Queue()
-        process = context.Process(target=_memory, args=(name, make, setting, queue))
+        process = context.Process(target=_memory, args=(make, setting, queue))
         process.start()
-        _, peak, need = queue.get()
+        peak, need, batch = queue.get()
         process.join()
-        out[name] = {"peak_mb": round(peak / 1e6, 1), "need_mb": round(need / 1e6, 1), "ratio": round(peak / need, 3)}
+        out[name] = {"peak_mb": round(peak / 1e6, 1), "need_mb": round(need / 1e6, 1), "ratio": round(peak / need, 3),
+                     "batch_mb": round(batch / 1e6, 1), "with_batch": round(peak / (need + batch), 3)}
         print(f"peak memory, {name}: {out[name]}", flush=True)
     return out
 
@@ -283,14 +373,14 @@ def main(options: dict[str, str]) -> None:
     name = options.pop("setting", "camera")
     parts = options.pop("parts", "speed").split(",")
     rounds, threads = int(options.pop("rounds", 5)), int(options.pop("threads", os.cpu_count() or 1))
-    shortcuts = tuple(filter(None, options.pop("shortcuts", "fused_adam+channels_last+halves").split("+")))
+    shortcuts = tuple(filter(None, options.pop("shortcuts", "fused_adam+channels_last+batched_ends+halves").split("+")))
     with_defaults = options.pop("defaults", "1") != "0"
     setting = Setting(name, **{k: int(v) for k, v in options.items()})
     out: dict[str, Any] = {"benchmark": "ppo_speed", "setting": name, "threads": threads, "rounds": rounds,
                            "ppo": {k: getattr(setting.ppo, k) for k in ("n_envs", "n_steps", "batch_size", "n_epochs")}}
     if "memory" in parts:
         large = Setting(name, **{"n_steps": 512, **{k: int(v) for k, v in options.items()}})
-        out["memory"] = {"n_steps": large.ppo.n_steps, **memory(large)}
+        out["memory"] = {"n_steps": large.ppo.n_steps, **memory(large, shortcuts)}
     if "speed" in parts:
         out["speed"] = speed(setting, rounds, threads, shortcuts, with_defaults and name == "camera")
     if "pair" in parts:

@@ -12,7 +12,8 @@ noisy copy of `position`, `noise` is noise. The probes are then asked:
     python benchmarks/probe_truth.py
     python benchmarks/probe_truth.py seeds=3 steps=2048
 
-The last line is JSON.
+The trainings are long enough for the policy to read every source (score about 0.94); after 2,048 steps (0.3 to 0.5) it
+does not yet, and probes that speak of use rightly say so. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def judge(seed: int, steps: int) -> dict[str, bool]:
     return out
 
 
-def main(seeds: str = "20", steps: str = "2048", first: str = "0") -> None:
+def main(seeds: str = "20", steps: str = "8192", first: str = "0") -> None:
     torch.set_num_threads(1)
     start = time.monotonic()
     results = [judge(int(first) + i, int(steps)) for i in range(int(seeds))]

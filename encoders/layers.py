@@ -169,7 +169,7 @@ class ImageBlock(nn.Module):
     def __init__(self, net: nn.Module, channels: int, width: int, grid: int, head: str = "grid",
                  places: int = 0) -> None:
         super().__init__()
-        self.dim, self.head = width, head
+        self.dim, self.head, self.grid = width, head, grid
         self.net = net
         self.pool = nn.AdaptiveAvgPool2d(grid)
         self.token = nn.Linear(channels, width)
@@ -179,7 +179,8 @@ class ImageBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Features:
         maps = self.net(x)
-        averages = self.pool(maps)
+        # Averages of single places are the places; torch takes as long for them as for a convolution.
+        averages = maps if maps.shape[2:] == (self.grid, self.grid) else self.pool(maps)
         if self.head == "grid":
             flat = averages.flatten(1)
         elif self.head == "flatten":

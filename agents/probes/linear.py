@@ -13,15 +13,20 @@ from lacer.agents.probes.rank import decomposed
 
 COMPONENTS = 16
 """Principal components of each source for :func:`_unique`; with all dimensions of all sources a fit needs more rows."""
+LARGEST = 10.0
+"""Standard deviations to which features of held-out rows are cut: a unit that hardly fires in the rows of the fit has a
+tiny deviation there, and one row in which it does fire would decide the whole error."""
 
 
-def linear_probe(features: np.ndarray, targets: Mapping[str, np.ndarray], groups: np.ndarray) -> dict[str, float]:
+def linear_probe(features: np.ndarray, targets: Mapping[str, np.ndarray], groups: np.ndarray, *,
+                 each: bool = True) -> dict[str, float]:
     """R2, on held-out episodes, of ridge regression from features to each target (2208.12345).
 
     Args:
         features: (N, D).
         targets: by name, (N,). Those that do not vary, or hold NaN, are left out.
         groups: (N,) episode of each row; every second episode is held out.
+        each: each dimension is brought to standard deviation 1 first; without that, small ones count less.
 
     Returns:
         R2 by target, clipped at 0 from below (worse than the mean says no more than useless).
@@ -34,11 +39,14 @@ def linear_probe(features: np.ndarray, targets: Mapping[str, np.ndarray], groups
     y = {n: t for n, t in y.items() if np.isfinite(t).all() and t[~test].std() >= 1e-9 and t[test].var() >= 1e-18}
     if not y:
         return {}
-    scale = StandardScaler().fit(features[~test])
+    scale = StandardScaler(with_std=each).fit(features[~test])
     both = np.stack(list(y.values()), 1)
     model = RidgeCV(alphas=np.logspace(-2, 4, 7), alpha_per_target=True).fit(
         scale.transform(features[~test]), both[~test])
-    error = np.mean((model.predict(scale.transform(features[test])).reshape(-1, len(y)) - both[test]) ** 2, 0)
+    held_out = scale.transform(features[test])
+    if each:
+        held_out = held_out.clip(-LARGEST, LARGEST)
+    error = np.mean((model.predict(held_out).reshape(-1, len(y)) - both[test]) ** 2, 0)
     return {n: float(max(0.0, 1 - e / t[test].var())) for (n, t), e in zip(y.items(), error, strict=True)}
 
 
@@ -93,10 +101,13 @@ def _unique(sample: Sample) -> Values:
     components = {}
     for n in sample.sources:
         u, s = decomposed(sample, n)
-        components[n] = (u * s)[:, :COMPONENTS]
-    whole = linear_probe(np.concatenate(list(components.values()), 1), targets, sample.groups)
+        c = (u * s)[:, :COMPONENTS]
+        components[n] = c / max(1e-12, float(np.sqrt(c.var(0).sum())))
+    # Sources alike, components not: the last are noise, and brought to the size of the first they decide the error.
+    whole = linear_probe(np.concatenate(list(components.values()), 1), targets, sample.groups, each=False)
     out = {}
     for n in sample.sources if whole else ():
-        rest = linear_probe(np.concatenate([c for k, c in components.items() if k != n], 1), targets, sample.groups)
+        rest = linear_probe(np.concatenate([c for k, c in components.items() if k != n], 1), targets, sample.groups,
+                            each=False)
         out[n] = {"": float(np.mean([whole[k] - rest[k] for k in whole]))}
     return out

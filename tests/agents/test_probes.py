@@ -6,11 +6,13 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import entropy
 
 from lacer.agents import Protocol
 from lacer.agents.probes import FUSED, MEANING, TOLD, Layer, Sample, list_probes, measure, register_probe
 from lacer.agents.probes.base import _PROBES
 from lacer.agents.probes.linear import linear_probe
+from lacer.agents.probes.permuted import change
 from lacer.agents.probes.rank import decompose, effective_rank, srank
 from lacer.agents.probes.similarity import linear_cka
 from lacer.envs import LacerError
@@ -169,6 +171,16 @@ def test_two_equal_directions_of_eight_are_a_quarter(rng: np.random.Generator) -
     assert small_rank(x) == 0.25
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.5, 3.0])
+def test_ranks_against_their_formulas(decay: float, rng: np.random.Generator) -> None:
+    """scipy's entropy, and the sum taken one by one, of numpy's singular values of the centred features."""
+    x = rng.normal(size=(300, 24)) * np.arange(1, 25.0) ** -decay @ rng.normal(size=(24, 24)) + 3
+    s = np.linalg.svd(x - x.mean(0), compute_uv=False)
+    assert rank(x) == pytest.approx(math.exp(entropy(s)) / 24, rel=1e-4)
+    k = next(k for k in range(1, 25) if s[:k].sum() >= 0.99 * s.sum())
+    assert small_rank(x) == k / 24
+
+
 # -- linear maps -------------------------------------------------------------------------------------------------------
 
 
@@ -181,6 +193,20 @@ def test_perfect_and_useless_features(rng: np.random.Generator) -> None:
     assert linear_probe(rng.normal(size=(600, 4)), {"y": y}, groups)["y"] < 0.03
     noisy = np.stack([y + rng.normal(size=600), *rng.normal(size=(3, 600))], 1) @ turn
     assert linear_probe(noisy, {"y": y}, groups)["y"] == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_unit_that_fires_in_held_out_rows_only_decides_nothing(rng: np.random.Generator) -> None:
+    """As ReLU units do that hardly ever fire: in the rows of the fit it is all but constant."""
+    groups = episodes(20, 30)
+    y = rng.normal(size=600)
+    rare = 1e-4 * rng.normal(size=600)
+    rare[30:60] += 1
+    assert linear_probe(np.stack([y + 0.1 * rng.normal(size=600), rare], 1), {"y": y}, groups)["y"] > 0.95
+    x = rng.normal(size=600)
+    direction = np.stack([x, x + rare], 1)  # the second principal component is the rare unit
+    got = measure(Sample({"a": direction, "b": y[:, None], FUSED: direction}, {"x": x, "y": y}, groups=groups),
+                  ["unique_r2"])
+    assert got["a"]["unique_r2"] == pytest.approx(0.5, abs=0.02) == got["b"]["unique_r2"]
 
 
 def test_targets_do_not_disturb_each_other(rng: np.random.Generator) -> None:
@@ -264,6 +290,17 @@ def test_unique_r2(rng: np.random.Generator) -> None:
                          groups=episodes(100, 20)), ["unique_r2"])
     assert {k: x["unique_r2"] for k, x in got.items() if x} == pytest.approx(
         {"own": 0.25, "twin": 0, "other": 0, "half": 0.125, "noise": 0}, abs=0.01)
+
+
+# -- permuted sources --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rho", [-0.5, 0.0, 0.7, 1.0])
+def test_change_of_correlated_actions(rho: float, rng: np.random.Generator) -> None:
+    """Of normal actions whose old and new values correlate with rho, 1 - rho is changed, whatever their unit."""
+    a, z = rng.normal(size=(2, 20_000, 3)) * [1, 10, 0.1]
+    assert change(a + 4, rho * a + math.sqrt(1 - rho**2) * z + 4) == pytest.approx(1 - rho, abs=0.03)
+    assert change(np.ones((9, 2)), np.zeros((9, 2))) == 0, "nothing varied before"
 
 
 # -- similarity --------------------------------------------------------------------------------------------------------

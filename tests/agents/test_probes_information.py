@@ -98,6 +98,36 @@ def test_rare_classes_are_left_out(rng: np.random.Generator) -> None:
     assert more == pytest.approx(math.log(2), abs=0.02)
 
 
+@pytest.mark.parametrize("rho", [0.5, 0.95])
+def test_gaussians_in_wide_features(rho: float, rng: np.random.Generator) -> None:
+    """The probes' whole way, principal components and neighbours: what wide features hold of a normal variable is
+    -log(1 - rho^2) / 2 nats, wherever in them it lies; orthogonal features share nothing."""
+    got: dict[str, list[float]] = {}
+    for _ in range(6):
+        x, z, other = rng.normal(size=(3, 256))
+        y = rho * x + math.sqrt(1 - rho**2) * z
+        wide = [np.outer(v, turn) + 1e-3 * rng.normal(size=(256, 32))
+                for v in (x, y, other) for turn in [np.linalg.qr(rng.normal(size=(32, 32)))[0][0]]]
+        found = measure(Sample({"x": wide[0], "y": wide[1], "other": wide[2]}, returns=y, action=y[:, None]),
+                        ["mi_return", "mi_action", "mi_redundancy"])
+        for name, value in [*found["x"].items(), *((f"other {k}", v) for k, v in found["other"].items())]:
+            got.setdefault(name, []).append(value)
+    want = -math.log(1 - rho**2) / 2
+    for name in ("mi_return", "mi_action", "mi_redundancy/y"):
+        assert np.mean(got[name]) == pytest.approx(want, abs=0.12), name
+    for name in ("other mi_return", "other mi_action", "other mi_redundancy/x", "mi_redundancy/other"):
+        assert np.mean(got[name]) < 0.06, name
+
+
+def test_identical_features_share_most(rng: np.random.Generator) -> None:
+    x = rng.normal(size=(256, 3))
+    turn = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+    part = np.concatenate([x[:, :1], rng.normal(size=(256, 2))], 1)
+    got = measure(Sample({"x": x, "same": 5 * x @ turn + 1, "part": part}), ["mi_redundancy", "redundancy"])
+    assert got["x"]["redundancy/same"] == pytest.approx(1)
+    assert got["x"]["mi_redundancy"] == got["x"]["mi_redundancy/same"] > 3 * got["x"]["mi_redundancy/part"] > 0
+
+
 def test_probes_of_a_sample(rng: np.random.Generator) -> None:
     n = 400
     t, u = rng.normal(size=(2, n))

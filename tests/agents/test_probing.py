@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from lacer.agents import Evaluation, PPOConfig, Protocol, RunRequest, probing, run
 from lacer.agents.policy import CompositePolicy, policy_kwargs
-from lacer.agents.ppo import evaluate, make_model
+from lacer.agents.ppo import Episodes, evaluate, make_model
 from lacer.agents.probes import FUSED, MEANING
 from lacer.agents.probing import Permuted, Probing, Rows, gradients, rows_of_episodes, take
 from lacer.agents.vec import EncoderVecEnv, encoder_space
@@ -209,6 +210,30 @@ def test_a_permuted_policy_is_shown_another_moment() -> None:
     only = Permuted(policy, "position", rows.obs["position"][:1], 0)
     shown = {**rows.obs, "position": np.repeat(rows.obs["position"][:1], 100, 0)}
     np.testing.assert_allclose(only.predict(rows.obs)[0], policy.predict(shown, deterministic=True)[0], atol=1e-6)
+
+
+class Reader:
+    """Answers with the target that ``position`` holds, and 0 for others."""
+
+    def predict(self, obs: Mapping[str, np.ndarray], deterministic: bool = True) -> Any:
+        return obs["position"][:, :1], None
+
+
+def test_return_lost_without_a_source_in_closed_form() -> None:
+    """A perfect reader gets 1 a step; shown another moment, it errs as two independent uniform numbers on [-1, 1]
+    do, (a - t)^2 = 2/3 on average, and gets 1 - 3 * 2/3 = -1."""
+    kwargs = {"sources": ["position", "noise"], "relevant": ["position"]}
+    card = task_card(ENV, **kwargs)
+    protocol = Protocol(eval_episodes=60, ppo=PPOConfig(n_envs=20))
+
+    def played(policy: Any) -> Episodes:
+        return evaluate(policy, card, TextTable("hash"), ENV, kwargs, protocol)
+
+    intact = played(Reader())
+    assert np.mean(intact.returns) == pytest.approx(16, abs=1e-3)
+    for source, lost in (("position", 32), ("noise", 0)):
+        seen = np.stack([o[source] for o in intact.rows["obs"]])
+        assert 16 - np.mean(played(Permuted(Reader(), source, seen, 0)).returns) == pytest.approx(lost, abs=2.5)
 
 
 def test_the_truth_in_small() -> None:

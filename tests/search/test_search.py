@@ -21,6 +21,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lacer.agents import load
+from lacer.agents.stats import mean_interval
 from lacer.envs import LacerError, make
 from lacer.search import search
 from tests.search.conftest import TINY, Lacer, Start
@@ -175,7 +176,12 @@ def test_evaluate(finished: tuple[Path, str, str], lacer: Lacer) -> None:
     agent = load(folder / "best")
     assert got["score"]["mean"] == pytest.approx(agent.evaluation.objective, abs=1e-6)
     assert got["score"]["low"] <= got["score"]["mean"] <= got["score"]["high"]
-    assert "95 %" in lacer("evaluate", folder / "best", "--episodes", 2).stdout
+    text = lacer("evaluate", folder / "best", "--episodes", 4, "--seed", 1_500_000).stdout
+    assert "mean, interquartile mean, 95 % bootstrap interval" in text
+    shown = re.search(r"score +(\S+) +(\S+) +\[(\S+), (\S+)\]", text)
+    assert shown is not None
+    want = mean_interval(agent.evaluation.metrics["score"])
+    assert [float(x) for x in shown.groups()] == pytest.approx(want, abs=1e-3)
 
 
 def test_train(finished: tuple[Path, str, str], lacer: Lacer, tiny: Path, tmp_path: Path) -> None:
