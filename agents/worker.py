@@ -168,7 +168,8 @@ def _import_everything() -> None:
 
     from lacer.encoders import list_blocks
 
-    importlib.import_module("lacer.agents.ppo")
+    for name in ("lacer.agents.ppo", "sklearn.linear_model", "scipy.spatial.distance"):  # the probes' too
+        importlib.import_module(name)
     torch.set_num_threads(int(os.environ.get("LACER_THREADS", "1")))
     # The first optimiser of a process makes torch import its compiler: 2 s that every run would pay anew.
     torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.spatial.distance import cdist
 from scipy.special import digamma
 
 from lacer.agents.probes.base import Sample, Values, register_probe
@@ -26,6 +25,8 @@ def distances(x: np.ndarray) -> np.ndarray:
     spread = x.std(0).max(initial=0.0)
     if spread <= 1e-12 * max(1.0, float(np.abs(x).max(initial=0.0))):
         return np.zeros((len(x), len(x)))
+    from scipy.spatial.distance import cdist
+
     d = cdist(x / spread, x / spread, "chebyshev")
     d[d < _SAME] = 0
     return d
@@ -33,6 +34,8 @@ def distances(x: np.ndarray) -> np.ndarray:
 
 def classes(y: np.ndarray) -> np.ndarray:
     """(N, N) 0 between equal rows of ``y`` (N, D), infinite between others."""
+    from scipy.spatial.distance import cdist
+
     return np.where(cdist(y.astype(np.float64), y.astype(np.float64), "chebyshev") > 0, np.inf, 0.0)
 
 

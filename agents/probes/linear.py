@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-from sklearn.linear_model import RidgeCV
-from sklearn.preprocessing import StandardScaler
 
 from lacer.agents.probes.base import Sample, Values, register_probe
 from lacer.agents.probes.rank import decomposed
@@ -39,6 +37,9 @@ def linear_probe(features: np.ndarray, targets: Mapping[str, np.ndarray], groups
     y = {n: t for n, t in y.items() if np.isfinite(t).all() and t[~test].std() >= 1e-9 and t[test].var() >= 1e-18}
     if not y:
         return {}
+    from sklearn.linear_model import RidgeCV  # takes seconds; whoever only asks for the probes' names has no need
+    from sklearn.preprocessing import StandardScaler
+
     scale = StandardScaler(with_std=each).fit(features[~test])
     both = np.stack(list(y.values()), 1)
     model = RidgeCV(alphas=np.logspace(-2, 4, 7), alpha_per_target=True).fit(
