@@ -38,7 +38,8 @@ _LABEL = re.compile(r"[\w+=,-][\w+=,. -]{0,59}")
 
 SAME: dict[str, tuple[str, ...]] = {
     "env": ("env", "env_kwargs", "eval_env_kwargs"),
-    "protocol": ("protocol", "final_steps", "final_episodes", "text_model", "repeats", "expert", "expert_first"),
+    "protocol": ("protocol", "fidelity", "final_steps", "final_episodes", "text_model", "repeats", "expert",
+                 "expert_first"),
     "budget": ("candidates", "max_env_steps", "max_seconds", "max_tokens"),
     "space": ("space", "limits"),
 }
@@ -53,8 +54,8 @@ PER_DESIGNER = {"designer", "designer_kwargs", "designer_steps", "batch", "ahead
     f for f in SearchConfig.model_fields if f.startswith("llm")}
 """Fields that may differ between the designers of a comparison."""
 
-PER_ENV = {"env", "env_kwargs", "eval_env_kwargs", "protocol", "space", "limits", "expert", "final_steps",
-           "final_episodes", "text_model", "candidates", "max_env_steps"}
+PER_ENV = {"env", "env_kwargs", "eval_env_kwargs", "protocol", "fidelity", "space", "limits", "expert",
+           "final_steps", "final_episodes", "text_model", "candidates", "max_env_steps"}
 """Fields that may differ between its environments."""
 
 
