@@ -5,7 +5,7 @@ On CompositeBench (642 encoders x 3 training seeds, with learning curves; probes
 
 - Kendall's rank correlation of each signal at each rung with the score after all 2,048 steps, mean of the other seeds.
 - Simulated random searches. Halving's rule is Optuna's asynchronous one (checked here against
-  `lacer.search.fidelity`). The plain search trains and evaluates every candidate (2,048 + 512 steps) and takes the best.
+  `lacer.search.fidelity`). The plain search trains and evaluates every candidate (2,048 + 512 steps), takes the best.
   A winner's quality is the mean score of training seeds that took no part in choosing it. The factor is what the plain
   search of so many candidates takes, divided by what halving takes until its mean quality is the same; its 95 %
   interval is a bootstrap over searches. Rungs, reduction, signal and survivors are chosen on one half of the encoders,
@@ -35,8 +35,13 @@ from lacer.search.fidelity import Fidelity, promotes, ranked
 
 DATA = Path(__file__).parent / "data"
 RUNGS = (256, 512, 768, 1024)
+LADDERS = (256, 512, 1024)
+"""What rungs are put together from."""
 FULL, EVALUATION = 2048, 512
 SIGNALS = ("return", "probe:linear_probe", "return+probe:linear_probe")
+REDUCTIONS = (3, 4, 6, 8)
+SURVIVORS = (0, 3, 6)
+"""Numbers of survivors that get one further training seed."""
 CHOSEN_FOR = 40
 """Candidates of the plain search whose quality is to be reached when a setting is chosen."""
 
@@ -56,12 +61,11 @@ class Runs(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What is simulated; without rungs and survivors: the plain search."""
+    """What is simulated; without rungs: all are trained to the end."""
 
     signal: str = "return"
     rungs: tuple[int, ...] = ()
     reduction: int = 3
-    survivors: int = 0
 
 
 PLAIN = Setting()
@@ -71,14 +75,16 @@ def read() -> dict[int, Runs]:
     """The runs by the seed that guides; rows are encoders in the order of their codes."""
     table = pd.read_parquet(DATA / "composite_bench.parquet", columns=["ncode", "seed", "objective", "curve_returns"])
     probes = pd.read_parquet(DATA / "composite_probes.parquet")
-    codes = np.array(sorted(table.ncode.unique()))
+    steps = probes.groupby(["ncode", "seed"]).step.nunique().unstack()
+    codes = np.array(sorted(steps.index[steps.min(axis=1) == len(RUNGS)]))  # where not all are recorded: those that are
+    if len(codes) < len(steps):
+        steps = steps.iloc[:, :1]
+        codes = np.array(sorted(steps.index[steps.iloc[:, 0] == len(RUNGS)]))
     score = table.pivot(index="ncode", columns="seed", values="objective").loc[codes]
     out = {}
-    for seed in sorted(probes.seed.unique()):
+    for seed in steps.columns:
         curves = table[table.seed == seed].set_index("ncode").loc[codes, "curve_returns"]
         found = probes[probes.seed == seed].pivot(index="ncode", columns="step", values="probe/fused/linear_probe")
-        if len(found) < len(codes):
-            continue  # not all are recorded
         out[int(seed)] = Runs(
             {"return": np.stack(curves.to_numpy())[:, [r // 256 - 1 for r in RUNGS]],
              "probe:linear_probe": found.loc[codes, list(RUNGS)].to_numpy()},
@@ -86,54 +92,65 @@ def read() -> dict[int, Runs]:
     return out
 
 
-def search(runs: Runs, order: np.ndarray, setting: Setting,
-           rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+class Level:
+    """What candidates have shown at a rung so far, and whether one that shows something passes it."""
+
+    def __init__(self, signals: int, reduction: int, room: int) -> None:
+        self.reduction, self.n = reduction, 0
+        self.shown, self.ranks = np.zeros((signals, room)), np.zeros(room)
+
+    def passes(self, scores: Sequence[float]) -> bool:
+        """Ranks are kept up to date instead of sorted anew; one signal's ranks are in the order of its scores."""
+        n, self.n = self.n, self.n + 1
+        for row, score in zip(self.shown, scores, strict=True):
+            higher, equal = row[:n] > score, row[:n] == score
+            self.ranks[:n] += higher + 0.5 * equal
+            self.ranks[n] += 1 + n - higher.sum() - 0.5 * equal.sum()
+            row[n] = score
+        k = self.n - max(1, self.n // self.reduction)
+        return bool(self.ranks[n] >= np.partition(self.ranks[:self.n], k)[k])
+
+
+def search(runs: Runs, order: np.ndarray, setting: Setting, rng: np.random.Generator) -> tuple[Any, Any]:
     """A random search that proposes encoders in an order.
 
     Returns:
-        Environment steps and quality of the winner, after each candidate.
+        Environment steps and quality of the winner, after each candidate: (numbers of survivors, candidates).
     """
-    names, levels = setting.signal.split("+"), [RUNGS.index(r) for r in setting.rungs]
-    seen: list[dict[str, list[float]]] = [{n: [] for n in names} for _ in levels]
-    own: list[list[tuple[float, ...]]] = [[] for _ in levels]
+    names = setting.signal.split("+")
+    levels = [Level(len(names), setting.reduction, len(order)) for _ in setting.rungs]
+    early = [np.stack([runs.early[n][:, RUNGS.index(r)] for n in names], 1).tolist() for r in setting.rungs]
     done: list[tuple[float, int]] = []  # score and encoder, the best last
-    spent, steps, quality = 0, np.zeros(len(order)), np.zeros(len(order))
-    picks = rng.integers(2, size=len(order))  # which of the other seeds a survivor gets
+    steps, quality = np.zeros((len(SURVIVORS), len(order))), np.zeros((len(SURVIVORS), len(order)))
+    pick = rng.integers(2, size=len(runs.score))  # which of the other seeds a survivor gets
+    again, left = runs.others[np.arange(len(pick)), pick], runs.others[np.arange(len(pick)), 1 - pick]
+    spent, found = 0, np.zeros(len(SURVIVORS))
     for i, encoder in enumerate(order):
         before = 0
-        for level, rung in enumerate(setting.rungs):
+        for level, values, rung in zip(levels, early, setting.rungs, strict=True):
             spent += rung - before
             before = rung
-            scores = tuple(float(runs.early[n][encoder, levels[level]]) for n in names)
-            for n, v in zip(names, scores, strict=True):
-                insort(seen[level][n], v)
-            own[level].append(scores)
-            allowed = max(1, len(own[level]) // setting.reduction)
-            if len(names) == 1:
-                ok = scores[0] >= seen[level][names[0]][-allowed]
-            else:
-                values = sum(stats.rankdata(column) for column in np.array(own[level]).T)
-                ok = values[-1] >= np.sort(values)[-allowed]
-            if not ok:
+            if not level.passes(values[encoder]):
                 break
         else:
             spent += FULL - before + EVALUATION
             insort(done, (float(runs.score[encoder]), int(encoder)))
-        steps[i] = spent
-        if setting.survivors:
-            best = done[-setting.survivors:]
-            again = {e: picks[e % len(picks)] for _, e in best}
-            winner = max(best, key=lambda x: x[0] + runs.others[x[1], again[x[1]]])[1]
-            quality[i] = runs.others[winner, 1 - again[winner]]
-            steps[i] += len(best) * (FULL + EVALUATION)
-        else:
-            quality[i] = runs.others[done[-1][1]].mean()
+            for j, n in enumerate(SURVIVORS):
+                if n:
+                    winner = max((e for _, e in done[-n:]), key=lambda e: runs.score[e] + again[e])
+                    found[j] = left[winner]
+                else:
+                    found[j] = runs.others[done[-1][1]].mean()
+        for j, n in enumerate(SURVIVORS):
+            steps[j, i] = spent + min(n, len(done)) * (FULL + EVALUATION)
+        quality[:, i] = found
     return steps, quality
 
 
 def simulate(runs: dict[int, Runs], pool: np.ndarray, setting: Setting, searches: int, longest: int,
              seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and quality of many searches, (searches, candidates). The same seed: the same orders of encoders."""
+    """Steps and quality of many searches, (searches, numbers of survivors, candidates). The same seed: the same orders
+    of encoders."""
     seeds, out = list(runs), []
     for i in range(searches):
         rng = np.random.default_rng([seed, i])
@@ -141,29 +158,26 @@ def simulate(runs: dict[int, Runs], pool: np.ndarray, setting: Setting, searches
     return np.stack([s for s, _ in out]), np.stack([q for _, q in out])
 
 
-def saved(plain: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray], candidates: int,
-          draw: np.ndarray | slice = slice(None)) -> float:
+Curves = tuple[np.ndarray, np.ndarray]
+
+
+def saved(plain: Curves, other: Curves, survivors: int, candidates: int, draw: Any = slice(None)) -> float:
     """What the plain search of so many candidates takes over what the other takes for its mean quality; 0 if it never
     gets there."""
-    target = plain[1][draw, candidates - 1].mean()
-    quality = np.maximum.accumulate(other[1][draw].mean(0))
+    j = SURVIVORS.index(survivors)
+    target = plain[1][draw, 0, candidates - 1].mean()
+    quality = np.maximum.accumulate(other[1][draw, j].mean(0))
     if quality[-1] < target:
         return 0.0
-    return float(plain[0][draw, candidates - 1].mean() / other[0][draw, int(np.argmax(quality >= target))].mean())
+    return float(plain[0][draw, 0, candidates - 1].mean() / other[0][draw, j, int(np.argmax(quality >= target))].mean())
 
 
-def interval(plain: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray], candidates: int) -> list[float]:
+def interval(plain: Curves, other: Curves, survivors: int, candidates: int) -> list[float]:
     """:func:`saved` and its 95 % bootstrap interval over searches."""
     rng, n = np.random.default_rng(0), len(plain[0])
-    draws = [saved(plain, other, candidates, rng.integers(n, size=n)) for _ in range(1000)]
-    return [round(float(v), 2) for v in (saved(plain, other, candidates), *np.quantile(draws, [0.025, 0.975]))]
-
-
-def settings() -> list[Setting]:
-    """All that are tried."""
-    ladders = [c for k in (1, 2, 3) for c in combinations(RUNGS, k)]
-    return [Setting(signal, ladder, reduction, survivors) for signal in SIGNALS for ladder in ladders
-            for reduction in (2, 3, 4) for survivors in (0, 3, 6)]
+    draws = [saved(plain, other, survivors, candidates, rng.integers(n, size=n)) for _ in range(1000)]
+    return [round(float(v), 2) for v in (saved(plain, other, survivors, candidates), *np.quantile(
+        draws, [0.025, 0.975]))]
 
 
 def correlations(runs: dict[int, Runs]) -> dict[str, dict[str, list[float]]]:
@@ -193,7 +207,8 @@ def check_rule(runs: Runs) -> int:
         setting = Setting(signal, (256, 1024), 3)
         fidelity = Fidelity(rungs=setting.rungs, reduction=3, signal=signal)
         steps, _ = search(runs, order, setting, np.random.default_rng(0))
-        taken, reached, spent = np.diff([0, *steps]), [{}, {}], 0  # type: ignore[var-annotated]
+        taken, spent = np.diff([0, *steps[0]]), 0
+        reached: list[dict[int, dict[str, float]]] = [{}, {}]
         for number, encoder in enumerate(order):
             used = 0
             for level, rung in enumerate(setting.rungs):
@@ -214,44 +229,39 @@ def check_rule(runs: Runs) -> int:
     return agreed
 
 
-def describe(s: Setting) -> str:
-    """One line."""
-    return (f"{s.signal}, rungs {'/'.join(map(str, s.rungs)) or 'none'}, one of {s.reduction}"
-            + (f", {s.survivors} survivors x 1 seed" if s.survivors else ""))
-
-
-def main(searches: str = "200", plain: str = "20,40,80", longest: str = "300") -> None:
+def main(searches: str = "200", plain: str = "20,40,80", longest: str = "160") -> None:
     runs = read()
     n, sizes, most = int(searches), [int(p) for p in plain.split(",")], int(longest)
     encoders = len(next(iter(runs.values())).score)
-    print(f"{encoders} encoders; {len(runs)} training seeds with probes guide; rule checked on "
-          f"{check_rule(next(iter(runs.values())))} candidates")
+    print(f"{encoders} encoders; runs of {len(runs)} of 3 training seeds guide; the rule agrees with the search's in "
+          f"{check_rule(next(iter(runs.values())))} judgements")
     taus = correlations(runs)
     print("Kendall's tau with the final score of other seeds [95 % interval over encoders]")
     for signal, row in taus.items():
         print(f"  {signal:28}" + "".join(f"  {k}: {t:.2f} [{a:.2f}, {b:.2f}]" for k, (t, a, b) in row.items()))
-    halves = np.array_split(np.random.default_rng(1).permutation(encoders), 2)
-    base = [simulate(runs, half, PLAIN, n, most, 10 + i) for i, half in enumerate(halves)]
-    table: list[tuple[float, Setting]] = []
-    for s in settings():
-        table.append((saved(base[0], simulate(runs, halves[0], s, n, most, 10), CHOSEN_FOR), s))
+    choose, report = np.array_split(np.random.default_rng(1).permutation(encoders), 2)
+    first, base = (simulate(runs, half, PLAIN, n, most, seed) for half, seed in ((choose, 10), (report, 11)))
+    tried: dict[tuple[Setting, int], float] = {}
+    for s in (Setting(signal, ladder, reduction) for signal in SIGNALS for k in (1, 2)
+              for ladder in combinations(LADDERS, k) for reduction in REDUCTIONS):
+        curves = simulate(runs, choose, s, n // 4, most, 10)
+        half = (first[0][:n // 4], first[1][:n // 4])
+        tried |= {(s, survivors): saved(half, curves, survivors, CHOSEN_FOR) for survivors in SURVIVORS}
+    tried |= {(PLAIN, survivors): saved(first, first, survivors, CHOSEN_FOR) for survivors in SURVIVORS[1:]}
     rows: list[dict[str, Any]] = []
-    again = Setting(survivors=3)
-    groups: Sequence[tuple[str, list[Setting]]] = [
-        *((f"best {signal}{', no survivors' if not s else ''}", [x for _, x in table if x.signal == signal
-                                                                 and bool(x.survivors) == s])
-          for signal in SIGNALS for s in (False, True)),
-        ("plain with 3 survivors", [again])]
-    scores = {s: f for f, s in table}
-    for name, group in groups:
-        s = max(group, key=lambda x: scores.get(x, 0.0))
-        held = simulate(runs, halves[1], s, n, most, 11)
-        rows.append({"what": name, "setting": describe(s), "chosen_at": round(scores.get(s, 0.0), 2),
-                     "factor": {str(k): interval(base[1], held, k) for k in sizes}})
-        print(f"{describe(s):82} chosen at {scores.get(s, 0.0):.2f}; on the other half " + "  ".join(
-            f"plain {k}: {f:.1f} [{low:.1f}, {high:.1f}]" for k, (f, low, high) in rows[-1]["factor"].items()))
+    print("Factor of environment steps saved at the quality of a plain search of so many candidates, other half")
+    for signal, rungs, further in [*((x, True, f) for x in SIGNALS for f in (False, True)), ("return", False, True)]:
+        s, survivors = max((k for k in tried if k[0].signal == signal and bool(k[0].rungs) == rungs
+                            and bool(k[1]) == further), key=lambda k: tried[k])
+        held = simulate(runs, report, s, n, most, 11)
+        factors = {str(k): interval(base, held, survivors, k) for k in sizes}
+        rows.append({"signal": signal if s.rungs else "", "rungs": s.rungs, "reduction": s.reduction,
+                     "survivors": survivors, "chosen_at": round(tried[s, survivors], 2), "factor": factors})
+        name = f"{signal}, rungs {'/'.join(map(str, s.rungs))}, one of {s.reduction}" if s.rungs else "no rungs"
+        print(f"  {name + (f', {survivors} survivors' if survivors else ''):70} chosen at {tried[s, survivors]:4.1f}; "
+              + "  ".join(f"{k}: {f:.1f} [{a:.1f}, {b:.1f}]" for k, (f, a, b) in factors.items()), flush=True)
     print(json.dumps({"benchmark": "fidelity", "encoders": encoders, "guiding_seeds": list(runs), "searches": n,
-                      "kendall": taus, "plain_quality": {str(k): round(float(base[1][1][:, k - 1].mean()), 4)
+                      "kendall": taus, "plain_quality": {str(k): round(float(base[1][:, 0, k - 1].mean()), 4)
                                                          for k in sizes}, "factors": rows}))
 
 

@@ -195,6 +195,7 @@ class WandB:
         summary: dict[str, Any] = {"winner": outcome.winner, "seconds": outcome.seconds,
                                    "candidates_ok": sum(t.status == "ok" for t in outcome.trials),
                                    "candidates_failed": sum(t.status == "failed" for t in outcome.trials),
+                                   "candidates_pruned": sum(t.status == "pruned" for t in outcome.trials),
                                    "candidates_rejected": sum(t.status == "rejected" for t in outcome.trials)}
         for name, e in outcome.finals.items():
             summary |= {key(f"final_{name}", k): v for k, v in scalars(e, self._metric).items()}
