@@ -1,7 +1,7 @@
 """Real searches: plain against successive halving, with the same number of environment steps.
 
-`lacer search` with the random designer on CompositeBench's task, space and PPO configuration, each seed with and without
-`fidelity`, under one budget of steps (`max_env_steps`, the survivors' further seeds included). What is compared is the
+`lacer search` with the random designer on CompositeBench's task, space and PPO configuration, each seed with and
+without `fidelity`, under one budget of steps (`max_env_steps`, the survivors' further seeds included). What is compared is the
 final score of the winner: trained anew with another seed, evaluated on other episodes. Paired by search seed; the 95 %
 interval is a bootstrap over seeds.
 
@@ -61,7 +61,7 @@ def main(seeds: str = "5", steps: str = "25600", out: str = "") -> None:
                found.items()}
     for name, scores in final.items():
         d = scores - final["plain"]
-        low, high = (float(x) for x in bootstrap(d[:, None], draws=10_000))
+        low, high = (float(x) for x in bootstrap(d, draws=10_000))
         figures[name] |= {"gain": round(float(d.mean()), 4), "low": round(low, 4), "high": round(high, 4)}
         print(f"{name:20} {figures[name]}")
     print(json.dumps({"benchmark": "fidelity_search", "seeds": int(seeds), "steps": int(steps), "arms": figures}))
