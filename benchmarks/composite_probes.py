@@ -2,10 +2,11 @@
 
 The table (`data/composite_bench.parquet`) holds probes of trained agents only. Probes do not disturb a training, so its
 runs are repeated up to 1,024 steps with probes on the way; each learning curve is compared with the table's, and a run
-whose curve differs ends the program: the table then has to be made anew on this machine. 1,926 runs, 40 core minutes.
+whose curve differs ends the program: the table then has to be made anew on this machine. 1,926 runs, 40 core minutes; or
+the first so many, seed by seed.
 
     python benchmarks/composite_probes.py
-    python benchmarks/composite_probes.py out=probes.jsonl part=0/2
+    python benchmarks/composite_probes.py runs=642 out=probes.jsonl
 
 With `out`, rows are kept as they come and a program that was ended goes on. When all are there they are written to
 `data/composite_probes.parquet`: `ncode`, `seed`, `step`, `probe/PART/NAME`.
@@ -44,19 +45,18 @@ def measured(row: Any, config: dict[str, Any]) -> list[dict[str, Any]]:
         if "/" not in name} for step, probes in e.probe_curve]
 
 
-def main(out: str = "", part: str = "0/1") -> None:
+def main(out: str = "", runs: str = "1926") -> None:
     torch.set_num_threads(1)
     _, parquet = arrow()
     config = json.loads(parquet.read_schema(TABLE).metadata[METADATA])["config"]
     frame = pd.read_parquet(TABLE, columns=["ncode", "encoder", "seed", "curve_returns"]).sort_values(
-        "seed", kind="stable")
+        "seed", kind="stable").head(int(runs))
     file = Path(out) if out else None
     lines = file.read_text().splitlines() if file and file.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("}")]
     have = {(r["ncode"], r["seed"]) for r in rows if r["step"] == STEPS}
-    first, of = map(int, part.split("/"))
-    for i, row in enumerate(frame.itertuples()):
-        if i % of == first and (row.ncode, row.seed) not in have:
+    for row in frame.itertuples():
+        if (row.ncode, row.seed) not in have:
             new = measured(row, config)
             rows += new
             have.add((row.ncode, row.seed))
@@ -64,12 +64,11 @@ def main(out: str = "", part: str = "0/1") -> None:
                 with file.open("a") as f:
                     f.writelines(json.dumps(r) + "\n" for r in new)
             print(f"{len(have)} of {len(frame)}", file=sys.stderr, flush=True)
-    if len(have) == len(frame):
-        table = pd.DataFrame(rows).sort_values(["ncode", "seed", "step"]).reset_index(drop=True)
-        values = [c for c in table.columns if c.startswith("probe/")]
-        table[values] = table[values].astype(np.float32)
-        table.to_parquet(PROBES, index=False, compression="zstd")
-        print(f"{len(table)} rows in {PROBES}")
+    table = pd.DataFrame(rows).sort_values(["ncode", "seed", "step"]).reset_index(drop=True)
+    values = [c for c in table.columns if c.startswith("probe/")]
+    table[values] = table[values].astype(np.float32)
+    table.to_parquet(PROBES, index=False, compression="zstd")
+    print(f"{len(table)} rows in {PROBES}")
 
 
 if __name__ == "__main__":

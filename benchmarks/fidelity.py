@@ -39,7 +39,7 @@ LADDERS = (256, 512, 1024)
 """What rungs are put together from."""
 FULL, EVALUATION = 2048, 512
 SIGNALS = ("return", "probe:linear_probe", "return+probe:linear_probe")
-REDUCTIONS = (3, 4, 6, 8)
+REDUCTIONS = (4, 8)
 SURVIVORS = (0, 3, 6)
 """Numbers of survivors that get one further training seed."""
 CHOSEN_FOR = 40
@@ -175,7 +175,7 @@ def saved(plain: Curves, other: Curves, survivors: int, candidates: int, draw: A
 def interval(plain: Curves, other: Curves, survivors: int, candidates: int) -> list[float]:
     """:func:`saved` and its 95 % bootstrap interval over searches."""
     rng, n = np.random.default_rng(0), len(plain[0])
-    draws = [saved(plain, other, survivors, candidates, rng.integers(n, size=n)) for _ in range(1000)]
+    draws = [saved(plain, other, survivors, candidates, rng.integers(n, size=n)) for _ in range(500)]
     return [round(float(v), 2) for v in (saved(plain, other, survivors, candidates), *np.quantile(
         draws, [0.025, 0.975]))]
 
@@ -193,7 +193,7 @@ def correlations(runs: dict[int, Runs]) -> dict[str, dict[str, list[float]]]:
 
             n = len(next(iter(runs.values())).score)
             rng = np.random.default_rng(0)
-            draws = [tau(rng.integers(n, size=n)) for _ in range(200)]
+            draws = [tau(rng.integers(n, size=n)) for _ in range(100)]
             out.setdefault(signal, {})[str(rung)] = [round(v, 3) for v in (
                 tau(np.arange(n)), *map(float, np.quantile(draws, [0.025, 0.975])))]
     return out

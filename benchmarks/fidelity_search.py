@@ -1,9 +1,9 @@
 """Real searches: plain against successive halving, with the same number of environment steps.
 
 `lacer search` with the random designer on CompositeBench's task, space and PPO configuration, each seed with and
-without `fidelity`, under one budget of steps (`max_env_steps`, the survivors' further seeds included). What is compared is the
-final score of the winner: trained anew with another seed, evaluated on other episodes. Paired by search seed; the 95 %
-interval is a bootstrap over seeds.
+without `fidelity`, under one budget of steps (`max_env_steps`, the survivors' further seeds included). What is compared
+is the final score of the winner: trained anew with another seed, evaluated on other episodes. Paired by search seed;
+the 95 % interval is a bootstrap over seeds.
 
     python benchmarks/fidelity_search.py
     python benchmarks/fidelity_search.py seeds=10 steps=51200 out=runs/fidelity
