@@ -2,8 +2,8 @@
 
 The table (`data/composite_bench.parquet`) holds probes of trained agents only. Probes do not disturb a training, so its
 runs are repeated up to 1,024 steps with probes on the way; each learning curve is compared with the table's, and a run
-whose curve differs ends the program: the table then has to be made anew on this machine. 1,926 runs, 40 core minutes; or
-the first so many, seed by seed.
+whose curve differs ends the program: the table then has to be made anew on this machine. 1,926 runs, 40 core minutes;
+or the first so many, seed by seed.
 
     python benchmarks/composite_probes.py
     python benchmarks/composite_probes.py runs=642 out=probes.jsonl

@@ -601,7 +601,7 @@ class _Driver(Listener):
         best = self.study.best
         ended = [t for t in self.study.trials if t.status in ("ok", "failed", "pruned") and t.survivor is None]
         done, pruned = len(ended), sum(t.status == "pruned" for t in ended)
-        if trial.status == "pruned" and self.config.fidelity.warm_start == "off":  # the file of its last rung
+        if self.config.fidelity.warm_start == "off":  # of its last rung, or of a run that was killed
             for path in self._checkpoints.glob(f"{trial.number}-*.safetensors"):
                 path.unlink(missing_ok=True)
         o = self.card.objective
