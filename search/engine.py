@@ -230,7 +230,7 @@ class Engine:
     def _queue(self, trial: Trial) -> None:
         """Lines a running trial up, or lets it wait for the same encoder's result."""
         original = self._evaluations[trial.ncode][0]
-        if self._repeats != "reuse" or original == trial.number:
+        if self._repeats != "reuse" or original == trial.number or trial.survivor is not None:
             self._pending.insert(0 if trial.passed else len(self._pending), trial)
         elif self.study[original].status == "running":
             self._twins.setdefault(original, []).append(trial.number)
