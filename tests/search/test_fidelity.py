@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -276,14 +277,14 @@ def test_it_is_shown(halved: SearchResult) -> None:
     t = next(t for t in halved.outcome.trials if t.status == "pruned")
     row = table[table.number == t.number].iloc[0]
     assert row.status == "pruned"
-    assert row.reason.startswith("pruned after 64 steps: return ")
+    assert row.reason.startswith(f"pruned after {t.rungs[-1].steps} steps: return ")
     assert row["rung/64/return"] == t.rungs[0].scores["return"]
     assert row["rung/64/probe:linear_probe"] == t.rungs[0].scores["probe:linear_probe"]
-    assert "pruned after 64 steps" in (halved.folder / "report.html").read_text()
+    assert f"pruned after {t.rungs[-1].steps} steps" in (halved.folder / "report.html").read_text()
     assert halved.outcome.figures()["candidates"]["pruned"] == sum(x.status == "pruned" for x in halved.outcome.trials)
 
 
-@pytest.mark.parametrize("rungs", [1, 3])
+@pytest.mark.parametrize("rungs", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_interrupted_between_rungs_and_resumed_is_uninterrupted(halved: SearchResult, rungs: int, tmp_path: Path,
                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     seen = 0
@@ -369,5 +370,5 @@ def test_what_a_person_sees(halved: SearchResult, capsys: pytest.CaptureFixture[
         search(out=tmp_path / "run", **{**SMALL, "quiet": False, "candidates": 3, "fidelity": RUNGS})
     shown = capsys.readouterr().err
     assert "#0 goes on after 64 steps: return" in shown
-    assert "pruned after 64 steps: return" in shown
+    assert re.search("pruned after (64|128) steps: return", shown)
     assert any("pruned)" in h for h in heads)
