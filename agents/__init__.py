@@ -7,15 +7,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lacer.agents.checkpoint import Agent, load
-    from lacer.agents.evaluation import Call, Cost, Evaluation, PPOConfig, Protocol, RunRequest, Training
+    from lacer.agents.evaluation import (
+        Call,
+        Cost,
+        Evaluation,
+        PPOConfig,
+        Protocol,
+        Rung,
+        RunRequest,
+        Training,
+        WarmStart,
+    )
     from lacer.agents.ppo import run, versions
 
 _HOME = {"Agent": "checkpoint", "load": "checkpoint", "Call": "evaluation", "Cost": "evaluation",
          "Evaluation": "evaluation", "PPOConfig": "evaluation", "Protocol": "evaluation", "RunRequest": "evaluation",
-         "Training": "evaluation", "run": "ppo", "versions": "ppo"}
+         "Rung": "evaluation", "Training": "evaluation", "WarmStart": "evaluation", "run": "ppo", "versions": "ppo"}
 
-__all__ = ["Agent", "Call", "Cost", "Evaluation", "PPOConfig", "Protocol", "RunRequest", "Training", "load", "run",
-           "versions"]
+__all__ = ["Agent", "Call", "Cost", "Evaluation", "PPOConfig", "Protocol", "RunRequest", "Rung", "Training",
+           "WarmStart", "load", "run", "versions"]
 
 
 def __getattr__(name: str) -> Any:

@@ -39,7 +39,8 @@ def save_agent(folder: str | Path, policy: Any, spec: EncoderSpec, card: TaskCar
     (folder / "encoder.json").write_text(spec.to_json() + "\n", encoding="utf-8")
     about = {
         "format": FORMAT, "layout": _layout(card),
-        "request": request.model_dump(mode="json", exclude={"save_to", "checkpoint"}),
+        "request": request.model_dump(mode="json", exclude={
+            "save_to", "checkpoint", "pauses", "until", "pause_episodes", "keep_checkpoint", "warm_start"}),
         "strings": table.strings, "evaluation": evaluation.model_dump(mode="json"),
     }
     (folder / "agent.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")

@@ -93,6 +93,22 @@ class Protocol(BaseModel):
         return self
 
 
+class WarmStart(BaseModel):
+    """Weights that a run begins with.
+
+    Attributes:
+        path: checkpoint of another run.
+        trial: number of the trial that it is of.
+        modules: sources whose blocks are taken from it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str
+    trial: int
+    modules: tuple[str, ...]
+
+
 class RunRequest(BaseModel):
     """One PPO run: train the encoder, evaluate, probe. ``encoder=None`` evaluates "do nothing" (or random actions
     where the task has no such action) without training.
@@ -100,7 +116,13 @@ class RunRequest(BaseModel):
     Attributes:
         save_to: folder for the trained agent; None: it is not kept.
         checkpoint: file that holds how far the training is, from which it goes on, and which is gone when the run has
-            ended; used if the protocol says ``checkpoint_every``.
+            ended; used if the training is cut into parts, by the protocol's ``checkpoint_every`` or by ``pauses``.
+        pauses: environment steps after which a part of the training ends; see :mod:`lacer.agents.parts`.
+        until: the pause at which the run ends for now. Its checkpoint stays, and the same request with a later pause,
+            or none, goes on from there.
+        pause_episodes: evaluation episodes at a pause.
+        keep_checkpoint: it stays when the run has ended, too.
+        warm_start: weights to begin with; None: none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -114,6 +136,16 @@ class RunRequest(BaseModel):
     text_model: str = "all-MiniLM-L6-v2"
     save_to: str | None = None
     checkpoint: str | None = None
+    pauses: tuple[int, ...] = ()
+    until: int | None = None
+    pause_episodes: int = 0
+    keep_checkpoint: bool = False
+    warm_start: WarmStart | None = None
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether the training is cut into parts."""
+        return bool(self.protocol.checkpoint_every or self.pauses)
 
 
 class Call(BaseModel):
@@ -177,6 +209,25 @@ class Cost(BaseModel):
     steps_per_second: float = Field(0.0, description="training steps per second of training")
 
 
+class Rung(BaseModel):
+    """What a candidate showed at a rung of successive halving, part of the way through its training.
+
+    Attributes:
+        steps: environment steps of training until there.
+        scores: by signal, higher is better; empty if there was none.
+        promoted: whether it went on.
+        eval_steps, eval_seconds: what its evaluation there took.
+        total_seconds: wall time of its run since the rung before.
+    """
+
+    steps: int
+    scores: dict[str, float]
+    promoted: bool
+    eval_steps: int = 0
+    eval_seconds: float = 0.0
+    total_seconds: float = 0.0
+
+
 class Evaluation(BaseModel):
     """The outcome of a run.
 
@@ -189,6 +240,9 @@ class Evaluation(BaseModel):
         probe_curve: (environment steps, probes) in mid-training, as the protocol's ``probe_at`` asks, from the
             training's rollouts.
         found: what a designer's own training found, plain data; empty for candidates.
+        paused_at: environment steps after which the run was paused, as its request asked; None: it has ended.
+        rungs: those of successive halving that the candidate has reached.
+        warm_start: the weights that it began with; None: with random ones only.
     """
 
     status: Status = "ok"
@@ -203,6 +257,9 @@ class Evaluation(BaseModel):
     probe_curve: list[tuple[int, dict[str, dict[str, float]]]] = []
     cost: Cost = Cost()
     found: dict[str, Any] = {}
+    paused_at: int | None = None
+    rungs: list[Rung] = []
+    warm_start: WarmStart | None = None
     seed: int = 0
     versions: dict[str, str] = {}
 

@@ -21,8 +21,11 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
 
-from lacer.agents.evaluation import RunRequest
+from lacer.agents.evaluation import RunRequest, WarmStart
 from lacer.encoders import TextTable
+
+POLICY = "policy"
+"""Prefix of the policy's tensors in a checkpoint of a candidate."""
 
 
 def part_seed(seed: int, *key: int) -> int:
@@ -52,36 +55,65 @@ class Kept(BaseCallback):
 
 
 def learn(model: PPO, request: RunRequest, table: TextTable, callbacks: list[Kept]) -> None:
-    """Trains a candidate for the steps of its protocol; in parts if the protocol asks for checkpoints, going on from
-    that of ``request.checkpoint`` if it is of this very training."""
+    """Trains a candidate for the steps of its protocol, or until the request's pause; in parts if it asks for
+    checkpoints or pauses, going on from ``request.checkpoint`` if that is of this very training."""
     protocol = request.protocol
-    if not protocol.checkpoint_every:
-        model.learn(protocol.steps, list(callbacks))
-        return
     rollout = protocol.ppo.n_envs * protocol.ppo.n_steps
-    total, each = -(-protocol.steps // rollout), -(-protocol.checkpoint_every // rollout)
-    job = json.loads(request.model_dump_json(exclude={"checkpoint", "save_to"}))
+    job = json.loads(request.model_dump_json(exclude={"checkpoint", "save_to", "until", "keep_checkpoint"}))
     path = None if request.checkpoint is None else Path(request.checkpoint)
+
+    def write(rollouts: int) -> None:
+        if path is not None:
+            write_state(path, job, {**pack(POLICY, model.policy.state_dict()),
+                                    **pack("optimizer", optimizer_tensors(model.policy.optimizer))},
+                        {"rollouts": rollouts, "timesteps": model.num_timesteps, "updates": model._n_updates,
+                         "strings": table.strings, "callbacks": [c.data() for c in callbacks]})
+
+    total = -(-protocol.steps // rollout)
+    if not request.in_parts:
+        model.learn(protocol.steps, list(callbacks))
+        if request.keep_checkpoint:
+            write(total)
+        return
+    each = -(-protocol.checkpoint_every // rollout) or total
+    ends = sorted({*range(each, total, each), *(min(-(-p // rollout), total) for p in request.pauses), total})
+    last = total if request.until is None else min(-(-request.until // rollout), total)
     done = 0
     kept = None if path is None else read_state(path, job)
     if kept is not None:
         tensors, state = kept
-        model.policy.load_state_dict(unpack("policy", tensors))
+        model.policy.load_state_dict(unpack(POLICY, tensors))
         load_optimizer(model.policy.optimizer, unpack("optimizer", tensors))
         done, model.num_timesteps, model._n_updates = (int(state[k]) for k in ("rollouts", "timesteps", "updates"))
         for string in state["strings"]:
             table.index(string)
         for callback, data in zip(callbacks, state["callbacks"], strict=True):
             callback.load(data)
-    while done < total:
-        n = min(each, total - done)
-        learn_part(model, n * rollout, list(callbacks), part_seed(request.seed, done))
-        done += n
-        if path is not None:
-            write_state(path, job, {**pack("policy", model.policy.state_dict()),
-                                    **pack("optimizer", optimizer_tensors(model.policy.optimizer))},
-                        {"rollouts": done, "timesteps": model.num_timesteps, "updates": model._n_updates,
-                         "strings": table.strings, "callbacks": [c.data() for c in callbacks]})
+    for end in ends:
+        if done < end <= last:
+            learn_part(model, (end - done) * rollout, list(callbacks), part_seed(request.seed, done))
+            done = end
+            write(done)
+
+
+def take_weights(policy: Any, start: WarmStart) -> WarmStart | None:
+    """Gives a policy's encoder blocks of another run where they fit. Returns what was taken; None if there is no
+    such checkpoint, or nothing fits."""
+    encoder = policy.features_extractor.encoder
+    try:
+        with safe_open(start.path, "pt") as f:
+            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError):
+        return None
+    taken = []
+    for name in start.modules:
+        prefix = f"{POLICY}/features_extractor.encoder.blocks.{name}."
+        state = {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}
+        own = encoder.blocks[name].state_dict()
+        if state.keys() == own.keys() and all(state[k].shape == v.shape for k, v in own.items()):
+            encoder.blocks[name].load_state_dict(state)
+            taken.append(name)
+    return start.model_copy(update={"modules": tuple(taken)}) if taken else None
 
 
 def write_state(path: Path, job: Mapping[str, Any], tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:

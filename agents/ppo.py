@@ -18,7 +18,7 @@ from stable_baselines3.common.logger import Logger
 from lacer.agents.checkpoint import save_agent
 from lacer.agents.evaluation import Cost, Evaluation, PPOConfig, Protocol, RunRequest
 from lacer.agents.learner import CompositePPO, Diverged
-from lacer.agents.parts import Kept, learn
+from lacer.agents.parts import Kept, learn, take_weights
 from lacer.agents.policy import CompositeExtractor, CompositePolicy, policy_kwargs
 from lacer.agents.probing import Hopeless, Probing
 from lacer.agents.rollout import SourceRolloutBuffer
@@ -147,11 +147,14 @@ def run(request: RunRequest, report: Report = lambda _: None, *, start_method: S
     """
     card = task_card(request.env, **request.env_kwargs)
     spec = None if request.encoder is None else EncoderSpec.parse(request.encoder, card)
-    table = TextTable(request.text_model, singly=request.protocol.checkpoint_every > 0)
+    table = TextTable(request.text_model, singly=request.in_parts)
+    stays = False
     try:
-        return attempt(lambda: _run(request, card, spec, table, report, start_method), request.seed)
+        result = attempt(lambda: _run(request, card, spec, table, report, start_method), request.seed)
+        stays = request.keep_checkpoint or result.paused_at is not None
+        return result
     finally:
-        if request.checkpoint is not None:
+        if request.checkpoint is not None and not stays:
             Path(request.checkpoint).unlink(missing_ok=True)
 
 
@@ -191,9 +194,11 @@ def _run(request: RunRequest, card: TaskCard, spec: EncoderSpec | None, table: T
         # SB3's seeding covers the model; torch must be seeded before the encoder is built, which PPO does with `seed`.
         env = EncoderVecEnv(make_vec(request.env, protocol.ppo.n_envs, request.env_kwargs, seed=request.seed,
                                      start_method=start_method), card, table)
-        hopeless = ""
+        hopeless, began = "", None
         try:
             model = make_model(spec, card, table, env, protocol, request.seed)
+            if request.warm_start is not None:
+                began = take_weights(model.policy, request.warm_start)
             progress = Progress(report, protocol.steps)
             learn(model, request, table, [progress, probing])
             progress.check()
@@ -212,7 +217,11 @@ def _run(request: RunRequest, card: TaskCard, spec: EncoderSpec | None, table: T
         cost.parameters = sum(p.numel() for p in model.policy.parameters() if p.requires_grad)
         if hopeless:
             return Evaluation(status="pruned", reason=hopeless, curve=curve, probe_curve=probing.curve, cost=cost,
-                              seed=request.seed)
+                              warm_start=began, seed=request.seed)
+        if request.until is not None:
+            return _paused(request, card, table, model, Evaluation(
+                curve=curve, probe_curve=probing.curve, cost=cost, warm_start=began, seed=request.seed,
+                paused_at=model.num_timesteps), start_method)
     start = time.monotonic()
     eval_kwargs = {**request.env_kwargs, **request.eval_env_kwargs}
     episodes = evaluate(model, card, table, request.env, eval_kwargs, protocol, start_method)
@@ -222,7 +231,7 @@ def _run(request: RunRequest, card: TaskCard, spec: EncoderSpec | None, table: T
     result = Evaluation(
         objective=objective, mean_return=float(np.mean(episodes.returns)),
         returns=episodes.returns, metrics=episodes.metrics, episode_seeds=episodes.seeds, curve=curve,
-        probe_curve=probing.curve, cost=cost, seed=request.seed)
+        probe_curve=probing.curve, cost=cost, warm_start=began if model is not None else None, seed=request.seed)
     if not np.isfinite([*episodes.returns, objective]).all():
         return Evaluation.failure("the evaluation's return or metric is not finite", request.seed, cost=cost)
     if model is not None:
@@ -236,6 +245,24 @@ def _run(request: RunRequest, card: TaskCard, spec: EncoderSpec | None, table: T
             assert spec is not None
             save_agent(request.save_to, model.policy, spec, card, table, request, result)
     return result
+
+
+def _paused(request: RunRequest, card: TaskCard, table: TextTable, model: PPO, result: Evaluation,
+            start_method: StartMethod | None) -> Evaluation:
+    """A run at a pause, with a short evaluation if the request asks for one."""
+    if not request.pause_episodes:
+        return result
+    start = time.monotonic()
+    episodes = evaluate(model, card, table, request.env, {**request.env_kwargs, **request.eval_env_kwargs},
+                        request.protocol.model_copy(update={"eval_episodes": request.pause_episodes}), start_method)
+    cost = result.cost.model_copy(update={"env_steps": result.cost.env_steps + len(episodes.rows["reward"]),
+                                          "eval_seconds": time.monotonic() - start})
+    objective = float(np.mean(episodes.metrics[card.objective.metric]))
+    if not np.isfinite([*episodes.returns, objective]).all():
+        return Evaluation.failure("the evaluation's return or metric is not finite", request.seed, cost=cost)
+    return result.model_copy(update={
+        "objective": objective, "mean_return": float(np.mean(episodes.returns)), "returns": episodes.returns,
+        "metrics": episodes.metrics, "episode_seeds": episodes.seeds, "cost": cost})
 
 
 def _encoder(model: PPO) -> Any:

@@ -64,8 +64,8 @@ PACKAGES = ("lacer", "torch", "stable-baselines3", "gymnasium", "numpy", "eclips
 
 ALLOW = (*SAME, "version")
 
-PER_ENV = {"env", "env_kwargs", "eval_env_kwargs", "protocol", "space", "limits", "expert", "final_steps",
-           "final_episodes", "text_model", "candidates", "max_env_steps"}
+PER_ENV = {"env", "env_kwargs", "eval_env_kwargs", "protocol", "fidelity", "space", "limits", "expert",
+           "final_steps", "final_episodes", "text_model", "candidates", "max_env_steps"}
 """Fields that may differ between its environments."""
 
 

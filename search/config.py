@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lacer.agents.evaluation import Protocol
 from lacer.encoders.limits import Limits
 from lacer.envs import LacerError, TaskCard, did_you_mean
+from lacer.search.fidelity import Fidelity
 from lacer.search.files import read_config
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class SearchConfig(LLMFields):
     seed: int = Field(0, ge=0, le=LARGEST_SEED, description="seed of the designer and of all training runs")
     workers: int = Field(0, ge=0, description="candidates evaluated at once; 0: one per CPU core")
     protocol: Protocol = Field(Protocol(), description="how a candidate is trained and evaluated")
+    fidelity: Fidelity = Field(Fidelity(), description="what is spent on which candidate; by default the same on all")
     final_steps: int = Field(50_000, ge=1, description="environment steps of the final training of the winner and of "
                                                        "the expert's encoder")
     final_episodes: int = Field(20, ge=2, description="episodes of the final evaluation, on seeds that took no part "
@@ -173,7 +175,7 @@ class BenchConfig(LLMFields):
 
 Config = TypeVar("Config", bound=BaseModel)
 
-NESTED = ("protocol", "ppo", "limits", "base")
+NESTED = ("protocol", "ppo", "fidelity", "limits", "base")
 """Fields of configurations that are models of their own."""
 
 RESUMABLE = {"candidates", "workers", "timeout", "memory", "max_env_steps", "max_seconds", "max_tokens", "executor",

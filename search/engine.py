@@ -9,12 +9,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from lacer.agents import Cost, Evaluation
+from lacer.agents import Cost, Evaluation, Rung
 from lacer.search.designers.base import Designer, DesignerStopped
 from lacer.search.executors import Event, Executor, InProcess, Job
+from lacer.search.fidelity import charged
 from lacer.search.study import Proposal, Study, Trial
 
 Repeats = Literal["reject", "reuse", "add"]
+
+Judge = Callable[[Trial, Evaluation, list[Trial]], Evaluation | Rung]
 
 MAX_REJECTIONS = 50
 """Rejected proposals in a row after which a search ends: the designer has nothing new to offer."""
@@ -31,12 +34,14 @@ class Budget:
             candidate starts only if what it is expected to take is left.
         seconds: wall time of the search, over all its sessions.
         tokens: LLM tokens, in and out.
+        reserve: so many full trainings that come later are kept back from ``env_steps``.
     """
 
     candidates: int | None = None
     env_steps: int | None = None
     seconds: float | None = None
     tokens: int | None = None
+    reserve: int = 0
 
 
 class Listener:
@@ -50,6 +55,9 @@ class Listener:
 
     def progress(self, event: Event) -> None:
         """News of a running candidate."""
+
+    def passed(self, key: str, trial: Trial) -> None:
+        """A candidate has passed a rung and goes on."""
 
     def finished(self, key: str | None, trial: Trial) -> None:
         """A candidate has ended; no key if it took over the result of an earlier one."""
@@ -75,16 +83,21 @@ class Engine:
         elapsed: seconds that earlier sessions took.
         patience: see ``MAX_REJECTIONS``.
         listener: what is told.
+        judge: for jobs that pause: the rung that a candidate has passed, after which the rest of its job follows at
+            once; or, if it has not, its evaluation. The last argument holds the trials that it competes with.
+        survivors: only further seeds of survivors are asked for; otherwise these do not count as candidates.
     """
 
     def __init__(self, study: Study, designer: Designer, executor: Executor, job: Callable[[Trial, int], Job], *,
                  budget: Budget, first: Proposal | None = None, why_not: Callable[[Proposal], str] | None = None,
                  repeats: Repeats = "reject", lag: int | None = None, ahead: int = 0, expected_steps: int = 0,
-                 elapsed: float = 0.0, patience: int = MAX_REJECTIONS, listener: Listener | None = None) -> None:
+                 elapsed: float = 0.0, patience: int = MAX_REJECTIONS, listener: Listener | None = None,
+                 judge: Judge | None = None, survivors: bool = False) -> None:
         self.study, self.designer, self.executor, self.budget = study, designer, executor, budget
         self._job, self._why_not, self._repeats = job, why_not, repeats
         self._lag, self._ahead, self._patience = lag, ahead, patience
-        self._listener = listener or Listener()
+        self._listener, self._judge, self._survivors = listener or Listener(), judge, survivors
+        self._candidates = 0  # of `_order`, those that the budget counts
         self._begin = time.monotonic() - elapsed
         self._running: dict[str, int] = {}
         self._steps_of: dict[str, int] = {}  # of running candidates, so far
@@ -157,10 +170,10 @@ class Engine:
             ready = all(self.study[n].status != "running" for n in self._order[:due])
             want = 1 if ready else 0
         if self.budget.candidates is not None:
-            want = min(want, self.budget.candidates - len(self._order))
+            want = min(want, self.budget.candidates - self._candidates)
         if self.budget.env_steps is not None and self._expected:
             left = self.budget.env_steps - self._env_steps
-            want = min(want, left // self._expected - len(self._running) - len(self._pending))
+            want = min(want, left // self._expected - len(self._running) - len(self._pending) - self.budget.reserve)
         return max(0, want)
 
     def _view(self) -> Study:
@@ -206,6 +219,7 @@ class Engine:
         self._learn_cost(trial)
         if trial.status != "rejected":
             self._order.append(trial.number)
+            self._candidates += (trial.survivor is not None) == self._survivors
             self._evaluations.setdefault(trial.ncode, []).append(trial.number)
 
     def _learn_cost(self, trial: Trial) -> None:
@@ -216,8 +230,8 @@ class Engine:
     def _queue(self, trial: Trial) -> None:
         """Lines a running trial up, or lets it wait for the same encoder's result."""
         original = self._evaluations[trial.ncode][0]
-        if self._repeats != "reuse" or original == trial.number:
-            self._pending.append(trial)
+        if self._repeats != "reuse" or original == trial.number or trial.survivor is not None:
+            self._pending.insert(0 if trial.passed else len(self._pending), trial)
         elif self.study[original].status == "running":
             self._twins.setdefault(original, []).append(trial.number)
         else:
@@ -233,7 +247,7 @@ class Engine:
     # -- evaluations --------------------------------------------------------------------------------------------------
 
     def _submit(self, late: bool) -> None:
-        while self._pending and self.executor.free and not late:
+        while self._pending and self.executor.free and not (late and not self._pending[0].passed):
             trial = self._pending.pop(0)
             key = f"#{trial.number}"
             self._running[key] = trial.number
@@ -253,6 +267,18 @@ class Engine:
         if not evaluation.ok and not evaluation.cost.env_steps and steps:  # it failed, but its steps were spent
             evaluation = evaluation.model_copy(update={"cost": evaluation.cost.model_copy(update={"env_steps": steps})})
         number = self._running.pop(event.key)
+        trial = self.study[number]
+        if evaluation.paused_at is not None and self._judge is not None:
+            unknown = () if self._lag is None else self._order[max(0, self._order.index(number) - self._lag + 1):]
+            judged = self._judge(trial, evaluation, [t for t in self.study.trials if t.number not in unknown])
+            if isinstance(judged, Rung):
+                trial = self.study.add_rung(number, judged)
+                self._pending.insert(0, trial)
+                self._listener.passed(event.key, trial)
+                return
+            evaluation = judged
+        elif trial.passed:
+            evaluation = charged(evaluation, trial.passed)
         self._tell(event.key, number, evaluation)
         for twin in self._twins.pop(number, []):
             self._copy(number, twin)
@@ -272,11 +298,11 @@ class Engine:
         b = self.budget
         if b.seconds is not None and self.seconds >= b.seconds:
             return "seconds"
-        if b.candidates is not None and len(self._order) >= b.candidates:
+        if b.candidates is not None and self._candidates >= b.candidates:
             return "candidates"
         if b.tokens is not None and self._tokens >= b.tokens:
             return "tokens"
-        started = len(self._running) + len(self._pending)
+        started = len(self._running) + len(self._pending) + b.reserve
         if b.env_steps is not None and self._env_steps + (started + 1) * self._expected > b.env_steps:
             return "env_steps"
         return "rejections" if self._rejections >= self._patience else None

@@ -111,14 +111,14 @@ def measure(plan: Plan, steps: int = MEASURED_STEPS) -> Speed:
 
 
 def estimate(plan: Plan, speed: Speed | None) -> Estimate:
-    """What a search would take if nothing fails and nothing ends it early."""
+    """What a search would take if nothing fails and nothing ends it early, as rungs do."""
     c: SearchConfig = plan.config
     cls: Any = designer_class(plan.designer)
     own = own_steps(c) if cls.trains else 0
-    candidates = c.candidates
+    candidates, further = c.candidates, c.fidelity.survivors * c.fidelity.survivor_seeds
     if c.max_env_steps is not None:
         each = c.protocol.steps + (round(speed.episode_steps * c.protocol.eval_episodes) if speed is not None else 0)
-        candidates = min(candidates, max(0, c.max_env_steps - own) // each)
+        candidates = min(candidates, max(0, c.max_env_steps - own) // each - further)
     turns = math.ceil((candidates - int(c.expert_first)) / c.batch) if cls.needs_llm else 0
     requests = turns * getattr(cls, "requests", 0)
     tokens = 0
@@ -126,18 +126,19 @@ def estimate(plan: Plan, speed: Speed | None) -> Estimate:
         from lacer.search.llm.prompt import MAX_TOKENS
 
         tokens = requests * MAX_TOKENS
-    episodes = candidates * c.protocol.eval_episodes + 3 * c.final_episodes
+    episodes = (candidates + further) * c.protocol.eval_episodes + 3 * c.final_episodes
     seconds = None
     if speed is not None:
         workers = worker_count(c)
         one = c.protocol.steps / speed.steps_per_second + c.protocol.eval_episodes * speed.episode_seconds \
             + speed.other_seconds
         final = c.final_steps / speed.steps_per_second + c.final_episodes * speed.episode_seconds + speed.other_seconds
-        seconds = math.ceil(candidates / workers) * one + own / speed.steps_per_second + math.ceil(2 / workers) * final
+        seconds = (math.ceil((candidates + further) / workers) * one + own / speed.steps_per_second
+                   + math.ceil(2 / workers) * final)
     limits = [f"{name} {value:,}" for name, value in (
         ("max_env_steps", c.max_env_steps), ("max_seconds", c.max_seconds), ("max_tokens", c.max_tokens))
         if value is not None]
-    return Estimate(candidates, candidates * c.protocol.steps, own, 2 * c.final_steps, episodes,
+    return Estimate(candidates, (candidates + further) * c.protocol.steps, own, 2 * c.final_steps, episodes,
                     None if speed is None else round(episodes * speed.episode_steps), seconds, requests, tokens,
                     tuple(limits))
 

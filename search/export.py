@@ -26,8 +26,8 @@ def trial_rows(run: StoredRun) -> list[dict[str, Any]]:
     ``mean_return``, ``returns`` (JSON, per evaluation episode), ``metric/NAME`` (mean over the episodes), ``seed``,
     ``parents`` (JSON), ``rationale``, ``expected`` (what the designer predicted of the objective, if it did),
     ``started`` and ``ended`` (ISO 8601, local time), ``clock`` (s of the search at its end), ``env_steps`` (a
-    designer's own training included), ``decision/NAME``, ``probe/SOURCE/NAME``, ``cost/NAME``, ``llm/NAME``, and
-    ``winner``.
+    designer's own training included), ``decision/NAME``, ``probe/SOURCE/NAME``, ``cost/NAME``,
+    ``rung/STEPS/SIGNAL`` (what it showed at a rung of successive halving), ``llm/NAME``, and ``winner``.
     """
     winner = run.winner
     out = []
@@ -48,6 +48,7 @@ def trial_rows(run: StoredRun) -> list[dict[str, Any]]:
             row |= {f"metric/{k}": float(np.mean(v)) for k, v in e.metrics.items() if v}
             row |= {f"probe/{part}/{k}": v for part, values in e.probes.items() for k, v in values.items()}
             row |= {f"cost/{k}": v for k, v in e.cost.model_dump(exclude={"parameters_by_module"}).items()}
+        row |= {f"rung/{r.steps}/{k}": v for r in t.rungs for k, v in r.scores.items()}
         row |= {f"llm/{k}": v for k, v in t.usage.items() if k in USAGE}
         out.append(row)
     return out

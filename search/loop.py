@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import lacer.encoders
-from lacer.agents import Agent, Evaluation, Protocol, RunRequest, load, versions
+from lacer.agents import Agent, Evaluation, Protocol, Rung, RunRequest, WarmStart, load, versions
 from lacer.encoders import EncoderSpec
 from lacer.envs import LacerError, Objective, TaskCard, task_card
 from lacer.search.config import (
@@ -40,12 +40,14 @@ from lacer.search.designers.spark import rates
 from lacer.search.designers.training import TrainingDesigner
 from lacer.search.engine import MAX_REJECTIONS, Budget, Engine, Listener
 from lacer.search.executors import Event, Executor, InProcess, ProcessPool, clean_environment
+from lacer.search.fidelity import unchanged
 from lacer.search.files import is_locked, read_json, write_config, write_whole
 from lacer.search.outcome import EXPERT, NOOP, WINNER, Outcome, describe_usage, total_usage
 from lacer.search.progress import Display, clock, result_line
 from lacer.search.space import EncoderSpace, Point, SearchSpace, load_space, read_space
 from lacer.search.storage import check_server, has_password, sqlite_url, study_names, without_password
 from lacer.search.study import Proposal, StoredStudy, Trial
+from lacer.search.survivors import Seeds
 from lacer.search.tracking import Media, TensorBoard, Totals, Tracker
 from lacer.search.trainer import Trainer
 from lacer.search.wandb_tracker import WandB, wandb_mode
@@ -96,8 +98,9 @@ class Plan:
     @property
     def total_steps(self) -> int:
         """Environment steps of all training runs."""
-        own = own_steps(self.config) if designer_class(self.designer).trains else 0
-        return own + self.config.candidates * self.config.protocol.steps + 2 * self.config.final_steps
+        c = self.config
+        own = own_steps(c) if designer_class(self.designer).trains else 0
+        return own + (c.candidates + further_runs(c)) * c.protocol.steps + 2 * c.final_steps
 
 
 def plan(config: SearchConfig) -> Plan:
@@ -115,6 +118,11 @@ def plan(config: SearchConfig) -> Plan:
     if name == "auto":
         name = "lacer" if config.llm else WITHOUT_LLM
     trains = designer_class(name).trains
+    config.fidelity.check(config.protocol, ray=config.executor == "ray", trains=trains)
+    least = (1 + further_runs(config)) * config.protocol.steps
+    if further_runs(config) and config.max_env_steps is not None and config.max_env_steps < least:
+        raise LacerError(f"max_env_steps is {config.max_env_steps:,}, less than one candidate and the further seeds of "
+                         f"the survivors take ({least:,}): raise it, or lower fidelity.survivors")
     check_options(name, config.designer_kwargs)
     if config.max_env_steps is not None and trains and config.max_env_steps < own_steps(config) + config.protocol.steps:
         raise LacerError(f"max_env_steps is {config.max_env_steps:,}, less than the designer {name!r} trains by itself "
@@ -362,6 +370,11 @@ def provenance(config: SearchConfig) -> dict[str, Any]:
             "final_eval_seed": config.protocol.eval_seed + FINAL_SEEDS}
 
 
+def further_runs(config: SearchConfig) -> int:
+    """Trainings of survivors that come after the search."""
+    return config.fidelity.survivors * config.fidelity.survivor_seeds
+
+
 def make_executor(config: SearchConfig, log: Path, function: Callable[[Point], Any] | None = None) -> Executor:
     """The executor of a configuration.
 
@@ -431,6 +444,7 @@ class _Driver(Listener):
             self.ended = self._engine(executor).run()
             if self.ended:
                 say(f"The search ends: {self.ended}.")
+            self._more_seeds(executor)
             finals = self._finals(executor)
             outcome = self.outcome(finals)
             from lacer.search.report import write_report
@@ -477,16 +491,56 @@ class _Driver(Listener):
         ahead = c.ahead if c.ahead is not None else int(self.designer.needs_llm)
         return Engine(
             self.study, self.designer, executor, self._job,
-            budget=Budget(c.candidates, c.max_env_steps, c.max_seconds, c.max_tokens),
+            budget=Budget(c.candidates, c.max_env_steps, c.max_seconds, c.max_tokens, further_runs(c)),
             first=Proposal(self.plan.expert, "expert", "a sensible encoder made by hand") if c.expert_first else None,
             why_not=self._why_not,
             repeats=c.repeats, lag=c.workers if c.deterministic else None, ahead=ahead,
-            expected_steps=c.protocol.steps, elapsed=self.seconds, patience=patience, listener=self)
+            expected_steps=c.protocol.steps, elapsed=self.seconds, patience=patience, listener=self, judge=self._judge)
+
+    def _more_seeds(self, executor: Executor) -> None:
+        """Trains the best encoders with further seeds, if the configuration says so."""
+        f = self.config.fidelity
+        best = [t.number for t in self.study.best_first()[:f.survivors]]
+        if not best:
+            return
+        seeds = Seeds(best, f.survivor_seeds)
+        if seeds.left(self.study):
+            self.display.say(f"The best {len(best)} encoders are trained with {f.survivor_seeds} further "
+                             f"seed{'' if f.survivor_seeds == 1 else 's'}: " + ", ".join(f"#{n}" for n in best))
+        Engine(self.study, seeds, executor, self._job, budget=Budget(sum(
+            t.survivor is not None for t in self.study.trials) + seeds.left(self.study)), repeats="add",
+            elapsed=self.seconds, listener=self, survivors=True).run()
+
+    def _judge(self, trial: Trial, paused: Evaluation, others: list[Trial]) -> Evaluation | Rung:
+        return self.config.fidelity.judge(trial, paused, others, self.card.objective)
 
     def _job(self, trial: Trial, repeat: int) -> RunRequest:
-        assert trial.spec is not None
-        return self._request(trial.spec, self.config.protocol, self.config.seed + REPEAT_SEEDS * repeat,
-                             f"{trial.number}-{repeat}")
+        c, spec = self.config, trial.spec
+        assert spec is not None
+        request = run_request(c, spec, c.protocol, c.seed + REPEAT_SEEDS * repeat)
+        # A survivor's further seeds are trained as it was, without the judgements.
+        request = c.fidelity.request(request, len(c.fidelity.rungs if trial.survivor is not None else trial.passed))
+        if c.fidelity.warm_start != "off":
+            request = request.model_copy(update={"keep_checkpoint": True, "warm_start": self._warm_start(trial)})
+        return self._with_checkpoint(request, f"{trial.number}-{repeat}")
+
+    def _warm_start(self, trial: Trial) -> WarmStart | None:
+        """What a trial takes from its first parent that has something for it."""
+        if trial.survivor is not None:
+            trial = self.study[trial.survivor]
+        for number in trial.proposal.parents:
+            parent = self.study[number]
+            if parent.spec is None or trial.spec is None:
+                continue
+            modules = unchanged(trial.spec, parent.spec)
+            files = sorted(self._checkpoints.glob(f"{number}-*.safetensors"))
+            if modules and files and parent.status != "running":
+                return WarmStart(path=str(files[0]), trial=number, modules=modules)
+        return None
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.folder.resolve() / "checkpoints"
 
     def _why_not(self, proposal: Proposal) -> str:
         assert proposal.point is not None
@@ -498,11 +552,12 @@ class _Driver(Listener):
 
     def _request(self, spec: EncoderSpec | None, protocol: Protocol, seed: int, name: str,
                  save_to: Path | None = None) -> RunRequest:
-        request = run_request(self.config, spec, protocol, seed, save_to)
-        if not protocol.checkpoint_every:
+        return self._with_checkpoint(run_request(self.config, spec, protocol, seed, save_to), name)
+
+    def _with_checkpoint(self, request: RunRequest, name: str) -> RunRequest:
+        if not request.in_parts and not request.keep_checkpoint:
             return request
-        path = self.folder.resolve() / "checkpoints" / f"{name}.safetensors"
-        return request.model_copy(update={"checkpoint": str(path)})
+        return request.model_copy(update={"checkpoint": str(self._checkpoints / f"{name}.safetensors")})
 
     def rejected(self, trial: Trial) -> None:
         self.display.say(f"        #{trial.number} rejected ({trial.proposal.designer}): {trial.reason[:160]}")
@@ -510,6 +565,12 @@ class _Driver(Listener):
     def started(self, key: str, trial: Trial) -> None:
         assert trial.spec is not None
         self.display.started(key, f"{key} {trial.spec.short()}", self.config.protocol.steps)
+
+    def passed(self, key: str, trial: Trial) -> None:
+        rung = trial.passed[-1]
+        shown = ", ".join(f"{k.removeprefix('probe:')} {v:.4g}" for k, v in rung.scores.items())
+        self.display.ended(key, 0, f"        {key} goes on after {rung.steps:,} steps: "
+                                   f"{shown or 'nothing to judge by'}")
 
     def progress(self, event: Event) -> None:
         assert event.progress is not None
@@ -531,12 +592,17 @@ class _Driver(Listener):
 
     def finished(self, key: str | None, trial: Trial) -> None:
         best = self.study.best
-        done = self.study.count("ok", "failed", "pruned")
+        ended = [t for t in self.study.trials if t.status in ("ok", "failed", "pruned") and t.survivor is None]
+        done, pruned = len(ended), sum(t.status == "pruned" for t in ended)
+        if self.config.fidelity.warm_start == "off":  # of its last rung, or of a run that was killed
+            for path in self._checkpoints.glob(f"{trial.number}-*.safetensors"):
+                path.unlink(missing_ok=True)
         o = self.card.objective
         self.display.ended(key or "", self.config.protocol.steps,
                            result_line(trial, self.card, self.config.candidates, done))
         name = o.metric.replace("_", " ")
         self.display.headline(f"candidate {done} of {self.config.candidates} done" + (
+            f" ({pruned} pruned)" if pruned else "") + (
             f", best {name} so far {best.objective:.3f} {o.unit} (#{best.number})" if best else ""))
         totals = Totals(best.objective if best else None, sum(t.env_steps for t in self.study.trials), self.seconds)
         self._track(partial(_tell, trial=trial, totals=totals))

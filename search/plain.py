@@ -31,8 +31,8 @@ from lacer.search.study import StoredStudy, Study, Trial
 
 Function = Callable[[Point], Any]
 
-_ELSEWHERE = {"env", "env_kwargs", "eval_env_kwargs", "designer_steps", "protocol", "final_steps", "final_episodes",
-              "space", "limits", "expert", "expert_first", "text_model", "wandb", "wandb_project"}
+_ELSEWHERE = {"env", "env_kwargs", "eval_env_kwargs", "designer_steps", "protocol", "fidelity", "final_steps",
+              "final_episodes", "space", "limits", "expert", "expert_first", "text_model", "wandb", "wandb_project"}
 """Fields of the configuration that only a search with an environment has."""
 
 

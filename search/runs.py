@@ -24,7 +24,7 @@ from lacer.search.config import SearchConfig, resumed
 from lacer.search.files import read_config, read_json
 from lacer.search.outcome import EXPERT, NOOP, WINNER, total_usage
 from lacer.search.storage import BUSY_SECONDS, hidden_password, sqlite_file, sqlite_url
-from lacer.search.study import Proposal, Trial, TrialStatus
+from lacer.search.study import Proposal, Trial, TrialStatus, passed_rungs
 
 _TABLES = ("studies", "study_directions", "study_system_attributes", "study_user_attributes", "trials", "trial_params",
            "trial_user_attributes")
@@ -302,5 +302,5 @@ def _trial(number: int, state: str, params: dict[str, Any], a: Mapping[str, Any]
         status = "ok" if evaluation.ok else "pruned" if evaluation.status == "pruned" else "failed"
     proposal = Proposal(params or None, a.get("designer", "?"), a.get("rationale", ""), tuple(a.get("parents", ())),
                         a.get("rejected", ""), a.get("meta", {}))
-    return StoredTrial(Trial(number, status, proposal, None, a.get("ncode", ""), evaluation), a.get("encoder"), started,
-                       ended)
+    return StoredTrial(Trial(number, status, proposal, None, a.get("ncode", ""), evaluation, passed_rungs(a)),
+                       a.get("encoder"), started, ended)

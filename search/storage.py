@@ -185,6 +185,13 @@ class Store:
         self._insert(c, "trial_user_attributes", (
             {"trial_id": trial_id, "key": k, "value_json": json.dumps(v)} for k, v in attrs.items()))
 
+    def set_trial_attr(self, trial_id: int, key: str, value: Any) -> None:
+        """Stores a JSON value with a trial."""
+        table = self._table["trial_user_attributes"]
+        with self._transaction() as c:
+            c.execute(table.delete().where(table.c.trial_id == trial_id, table.c.key == key))
+            self._attrs(c, trial_id, {key: value})
+
     def get_attr(self, key: str) -> Any:
         """A value stored with the study, or None."""
         with self._errors("read"):

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from optuna.distributions import CategoricalDistribution
 from pydantic import ValidationError
 
-from lacer.agents import Evaluation
+from lacer.agents import Evaluation, Rung
 from lacer.encoders import EncoderSpec
 from lacer.envs import LacerError, Objective, TaskCard
 from lacer.search.space import EncoderSpace, Point, SearchSpace
@@ -53,7 +53,11 @@ _STATES: dict[TrialStatus, State] = {"running": "RUNNING", "ok": "COMPLETE", "fa
 
 @dataclass(frozen=True)
 class Trial:
-    """A proposal with its number and, once it is there, its evaluation."""
+    """A proposal with its number and, once it is there, its evaluation.
+
+    Attributes:
+        passed: rungs of successive halving that it has passed while it is running.
+    """
 
     number: int
     status: TrialStatus
@@ -61,6 +65,18 @@ class Trial:
     spec: EncoderSpec | None
     ncode: str
     evaluation: Evaluation | None = None
+    passed: tuple[Rung, ...] = ()
+
+    @property
+    def rungs(self) -> tuple[Rung, ...]:
+        """Rungs of successive halving that it has reached."""
+        return self.passed if self.evaluation is None else tuple(self.evaluation.rungs)
+
+    @property
+    def survivor(self) -> int | None:
+        """The trial of which this is a further training seed, for an encoder that survived the search; else None."""
+        number = self.proposal.meta.get("survivor")
+        return None if number is None else int(number)
 
     @property
     def objective(self) -> float | None:
@@ -89,6 +105,18 @@ class Trial:
         US dollars where the prices are known; empty if it was not asked."""
         meta = self.proposal.meta
         return {k: float(meta[k]) for k in USAGE if k in meta} if "requests" in meta else {}
+
+
+PASSED = "rungs"
+"""User attribute of a trial that holds the rungs it has passed."""
+
+
+def passed_rungs(attrs: Mapping[str, Any]) -> tuple[Rung, ...]:
+    """The rungs of a stored trial. Raises LacerError if they are not of this version."""
+    try:
+        return tuple(Rung.model_validate(r) for r in attrs.get(PASSED, ()))
+    except ValidationError as e:
+        raise LacerError(f"a trial holds no rungs of this version: {str(e)[:200]}") from None
 
 
 class Study:
@@ -148,13 +176,22 @@ class Study:
     @property
     def best(self) -> Trial | None:
         """The trial of the best encoder, by its mean objective where it was evaluated several times; the earliest one
-        among equals."""
+        among equals. Where some survived the search and have further seeds, the best of these."""
         with self._lock:
             return None if self._best is None else self._scores[self._best][0]
 
-    def _rank(self, code: str) -> tuple[float, int]:
+    def best_first(self) -> list[Trial]:
+        """The first trial of each encoder with a result, the best first, further seeds of survivors left out."""
+        with self._lock:
+            groups = [[t for t in same if t.survivor is None] for same in self._scores.values()]
+        found = [(self.objective.signed(sum(t.objective or 0.0 for t in g) / len(g)), -g[0].number)
+                 for g in groups if g]
+        return [self._trials[-n] for _, n in sorted(found, reverse=True)]
+
+    def _rank(self, code: str) -> tuple[bool, float, int]:
         same = self._scores[code]
-        return self.objective.signed(sum(t.objective or 0.0 for t in same) / len(same)), -same[0].number
+        return (any(t.survivor is not None for t in same),
+                self.objective.signed(sum(t.objective or 0.0 for t in same) / len(same)), -same[0].number)
 
     def _add_result(self, t: Trial) -> None:
         """Keeps `finished` and `best` up to date; the lock is held."""
@@ -230,6 +267,15 @@ class Study:
                 self._add_result(new)
         return new
 
+    def add_rung(self, number: int, rung: Rung) -> Trial:
+        """Records that a running trial has passed a rung."""
+        old = self._trials[number]
+        new = replace(old, passed=(*old.passed, rung))
+        self._store_rungs(new)
+        with self._lock:
+            self._trials[number] = new
+        return new
+
     def _add(self, proposal: Proposal, status: TrialStatus) -> Trial:
         point = proposal.point
         spec = self.space.to_spec(point) if point is not None and isinstance(self.space, EncoderSpace) else None
@@ -254,6 +300,9 @@ class Study:
 
     def _store_result(self, trial: Trial, status: TrialStatus, evaluation: Evaluation) -> None:
         """The same for a result."""
+
+    def _store_rungs(self, trial: Trial) -> None:
+        """The same for the rungs of a running trial."""
 
 
 class StoredStudy(Study):
@@ -316,6 +365,9 @@ class StoredStudy(Study):
         self.store.finish(self._ids[trial.number], _STATES[status], evaluation.objective if status == "ok" else None,
                           evaluation.curve, {"evaluation": evaluation.model_dump(mode="json")})
 
+    def _store_rungs(self, trial: Trial) -> None:
+        self.store.set_trial_attr(self._ids[trial.number], PASSED, [r.model_dump(mode="json") for r in trial.passed])
+
     def _read(self, t: Row) -> Trial:
         a = t.attrs
         proposal = Proposal(dict(t.params) or None, a.get("designer", "?"), a.get("rationale", ""),
@@ -339,4 +391,4 @@ class StoredStudy(Study):
             assert proposal.point is not None
             spec = self.space.to_spec(proposal.point) if isinstance(self.space, EncoderSpace) else None
             ncode = self.space.to_ncode(proposal.point)
-        return Trial(t.number, status, proposal, spec, ncode, evaluation)
+        return Trial(t.number, status, proposal, spec, ncode, evaluation, passed_rungs(a))

@@ -298,7 +298,7 @@ class Turn:
         if first is not None:
             t = self.study[first]
             became = (f"scored {t.objective:.3g}" if t.objective is not None else
-                      {"running": "is being evaluated", "failed": "failed", "pruned": "was ended early as hopeless"}
+                      {"running": "is being evaluated", "failed": "failed", "pruned": "was ended early"}
                       .get(t.status, "was rejected"))
             return f"this encoder is the same as #{t.number}, which {became}; propose a new one"
         if any(p.point is not None and self.study.space.to_ncode(p.point) == code for p in self.accepted):

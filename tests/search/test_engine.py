@@ -19,6 +19,7 @@ from lacer.search.designers.base import Designer, fresh_sample
 from lacer.search.designers.evolution import Evolution
 from lacer.search.engine import Budget, Engine, Repeats
 from lacer.search.executors import Event, Executor, InProcess, Job
+from lacer.search.fidelity import Fidelity
 from lacer.search.study import Trial
 
 SPACE = SearchSpace([Decision(f"d{i}", (0, 1, 2, 3)) for i in range(6)])
@@ -179,6 +180,86 @@ class Threaded(Executor):
 
     def close(self) -> None:
         pass
+
+
+# -- rungs ------------------------------------------------------------------------------------------------------------
+
+
+def in_rungs(point: dict[str, Any]) -> Evaluation:
+    """A run that pauses after 10 and 20 of 40 steps and shows there what it will have in the end, and some noise."""
+    decisions = {k: v for k, v in point.items() if k != "rung"}
+    score = helper_objectives.smooth(decisions)
+    noise = 0.1 * np.random.default_rng([*map(int, decisions.values()), point["rung"]]).normal()
+    if point["rung"] == 2:
+        return Evaluation(objective=score, cost=Cost(env_steps=45))
+    steps = 10 * (point["rung"] + 1)
+    return Evaluation(paused_at=steps, curve=[(steps, score + noise)], cost=Cost(env_steps=steps))
+
+
+def halving(study: Study, executor: Executor, **kwargs: Any) -> tuple[Engine, list[int]]:
+    """An engine with rungs, and how many candidates were unfinished whenever a job was made."""
+    fidelity, open_trials = Fidelity(rungs=(10, 20), reduction=2), list[int]()
+
+    def job(trial: Trial, repeat: int) -> Call:
+        open_trials.append(study.count("running"))
+        return Call(function="", point={**(trial.proposal.point or {}), "rung": len(trial.passed)})
+
+    kwargs.setdefault("budget", Budget(candidates=24))
+    made = Engine(study, Evolution(7), executor, job, judge=lambda t, e, others: fidelity.judge(
+        t, e, others, study.objective), **kwargs)
+    return made, open_trials
+
+
+def outcomes(study: Study) -> tuple[tuple[str, str, int, float | None], ...]:
+    return tuple((t.ncode, t.status, len(t.rungs), t.objective) for t in study.trials)
+
+
+def test_candidates_go_on_at_once_and_nobody_waits_for_a_bracket() -> None:
+    study, executor = Study(SPACE), Jumbled(in_rungs, 4, 0)
+    made, unfinished = halving(study, executor)
+    assert made.run() == ""
+    assert executor.most == 4
+    assert max(unfinished) == 4, "none is laid aside at a rung"
+    assert study.count("ok") + study.count("pruned") == 24
+    assert study.count("pruned") > 6
+    for t in study.trials:
+        assert t.env_steps == (45 if t.status == "ok" else t.rungs[-1].steps)
+        assert [r.steps for r in t.rungs] == [10, 20][:len(t.rungs)]
+        assert t.status == "ok" or t.reason.startswith(f"pruned after {t.rungs[-1].steps} steps: return ")
+
+
+def test_rungs_are_deterministic_whatever_order_results_arrive_in() -> None:
+    seen, free = set(), set()
+    for seed in range(4):
+        study = Study(SPACE)
+        halving(study, Jumbled(in_rungs, 4, seed), lag=4)[0].run()
+        seen.add(outcomes(study))
+        study = Study(SPACE)
+        halving(study, Jumbled(in_rungs, 4, seed))[0].run()
+        free.add(outcomes(study))
+    assert len(seen) == 1
+    assert len(free) > 1, "without it the order does matter, so the test can fail"
+
+
+def test_pruned_candidates_leave_steps_to_others_and_the_reserve_is_kept() -> None:
+    study = Study(SPACE)
+    why = halving(study, InProcess(in_rungs), expected_steps=45, budget=Budget(env_steps=900, reserve=4))[0].run()
+    spent = sum(t.env_steps for t in study.trials)
+    assert 900 - 5 * 45 < spent <= 900 - 4 * 45
+    assert f"{spent} of the budget of 900" in why
+    assert len(study) > (900 - 4 * 45) // 45
+
+
+def test_a_candidate_at_a_rung_is_finished_when_the_time_is_over() -> None:
+    study = Study(SPACE)
+    made, _ = halving(study, InProcess(in_rungs), budget=Budget(candidates=24, seconds=60))
+
+    def passed(key: str, trial: Trial) -> None:
+        made._begin -= 60
+
+    made._listener.passed = passed  # type: ignore[method-assign]
+    assert "the budget of 60 s is spent" in made.run()
+    assert [t.status for t in study.trials] == ["ok"]
 
 
 # -- repeats ----------------------------------------------------------------------------------------------------------
