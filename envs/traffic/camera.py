@@ -25,6 +25,12 @@ class Camera:
         self._rows = self._strip // (road.lanes + 1)
         self._lanes = road.lanes
         self._lengths = np.array([s.length for s in road.stretches])
+        self._scale = SIZE / self._lengths[1:]
+        self._lane_rows = strips * (self._lanes + 1) + 1  # the last one stays black, for what is left of the picture
+        high = np.arange(SIZE)
+        lane_of = high % self._strip // self._rows
+        self._row_of = np.where((high < strips * self._strip) & (lane_of <= self._lanes),
+                                high // self._strip * (self._lanes + 1) + lane_of, self._lane_rows - 1)
         self._ramp_shift = road.stretches[1].length - road.ramp_length
 
     def draw(
@@ -33,22 +39,23 @@ class Camera:
     ) -> np.ndarray:
         """Paint vehicles, all arrays of shape (n,): ``edge`` is the stretch (-1 for the ramp), ``lane`` the through
         lane (-1 for the acceleration lane), ``position`` of the front bumper (m), ``speed`` (m/s)."""
-        image = np.zeros((SIZE, SIZE, 3), np.uint8)
         ramp = edge < 0
-        strip = np.where(ramp, 1, edge) - 1
-        position = np.where(ramp, position + self._ramp_shift, position)
-        lane = np.where(ramp, -1, lane)
-        scale = SIZE / self._lengths[strip + 1]
-        x1 = (position * scale).astype(int)
-        x0 = np.minimum(((position - 5.0 - 4.0 * broken) * scale).astype(int), x1)
-        top = strip * self._strip + (self._lanes - 1 - lane) * self._rows
-        light = np.where(broken, 255, BODY)
-        pace = np.clip(40 + 215 * speed / MAIN_LIMIT, 0, 255).astype(int)
-        auto = np.where(cav, 200, 0)
-        seen = (strip >= 0) & (x1 >= 0)
-        for i in np.flatnonzero(seen):
-            image[top[i]:top[i] + self._rows, max(x0[i], 0):x1[i] + 1] = (light[i], pace[i], auto[i])
-        return image
+        strip = np.where(ramp, 0, edge - 1)
+        front = position + ramp * self._ramp_shift
+        seen = np.flatnonzero((strip >= 0) & (front * self._scale[strip] > -1))
+        strip, front, broken = strip[seen], front[seen], broken[seen]
+        scale = self._scale[strip]
+        x1 = (front * scale).astype(int)[:, None]
+        x0 = np.maximum(((front - 5.0 - 4.0 * broken) * scale).astype(int), 0)[:, None]
+        row = strip * (self._lanes + 1) + self._lanes - 1 - np.where(ramp, -1, lane)[seen]
+        colour = np.empty((len(seen), 1, 3), np.uint8)
+        colour[:, 0, 0] = np.where(broken, 255, BODY)
+        colour[:, 0, 1] = np.minimum(40 + 215 * speed[seen] / MAIN_LIMIT, 255)
+        colour[:, 0, 2] = cav[seen] * np.uint8(200)
+        back = np.arange((x1 - x0).max(initial=0) + 1)
+        lanes = np.zeros((self._lane_rows, SIZE, 3), np.uint8)
+        lanes[row[:, None], np.minimum(np.maximum(x1 - back, x0), SIZE - 1)] = colour
+        return lanes[self._row_of]
 
     def where(self, stretch: int, lane: int, position: float) -> tuple[int, int]:
         """Row and column of a place on the main road."""
@@ -56,7 +63,7 @@ class Camera:
         return (stretch - 1) * self._strip + (self._lanes - 1 - lane) * self._rows, min(column, SIZE - 1)
 
 
-def fog(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The picture on a foggy day: a twelfth of its contrast is left, under noise."""
-    noise = rng.integers(0, 60, image.shape[:2], dtype=np.uint8)[..., None]
-    return (image // 12 + noise).astype(np.uint8)
+def fog(image: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
+    """The picture on a foggy day: a twelfth of its contrast is left, under noise; noise alone without a picture."""
+    noise = rng.integers(0, 60, (SIZE, SIZE), dtype=np.uint8)[..., None]
+    return np.repeat(noise, 3, axis=2) if image is None else (image // 12 + noise).astype(np.uint8)

@@ -1,7 +1,8 @@
-"""What one episode brings, drawn from its seed: vehicles, incident, dispatcher's order, who tells the news."""
+"""What one episode brings, drawn from its seed: vehicles, incident, dispatcher's order, which sources tell the news."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,8 @@ import numpy as np
 
 from lacer.envs.traffic.network import Motorway
 
-News = Literal["text", "camera", "both"]
+CARRIERS = ("instruction", "camera", "traffic", "history", "sequence")
+"""Sources that can tell the lane of an incident."""
 OrderKind = Literal["nothing", "speed_limit", "ramp_priority", "ramp_hold"]
 _MIN_HEADWAY = 0.8
 
@@ -55,13 +57,14 @@ class Trip:
 
 @dataclass(frozen=True)
 class Episode:
-    """Everything that the seed of an episode decides. Flows in vehicles per hour."""
+    """Everything that the seed of an episode decides. Flows in vehicles per hour; ``news`` are the sources that can
+    tell the lane of an incident in this episode."""
 
     main_flow: float
     ramp_flow: float
     trips: tuple[Trip, ...]
     incident: Incident | None
-    news: News
+    news: frozenset[str]
     order: Order
     sumo_seed: int
 
@@ -98,12 +101,13 @@ def draw_episode(
     incident_start: tuple[float, float],
     incident_segments: tuple[int, ...],
     incident_place: tuple[float, float],
-    news_weights: tuple[float, float, float],
+    news: Mapping[str, float],
     order_weights: tuple[float, float, float, float],
     end: float,
 ) -> Episode:
     """Draw an episode that ends at ``end`` seconds. ``incident_segments`` counts controlled segments from 1;
-    ``incident_place`` is the range of the position on the segment, as a share of its length."""
+    ``incident_place`` is the range of the position on the segment, as a share of its length; ``news`` are weights of
+    sources, or of several joined by ``+``."""
     flow, ramp = float(rng.uniform(*main_flow)), float(rng.uniform(*ramp_flow))
     trips = [
         Trip(round(float(t), 2), on_ramp, bool(rng.random() < cav_share))
@@ -117,11 +121,12 @@ def draw_episode(
         lane=int(rng.integers(road.lanes)), stretch=stretch, position=float(rng.uniform(*incident_place) * length),
         start=float(rng.uniform(*incident_start)), end=end,
     )
-    news: News = ("text", "camera", "both")[rng.choice(3, p=np.array(news_weights) / sum(news_weights))]
+    tellers = list(news)[rng.choice(len(news), p=np.array(list(news.values())) / sum(news.values()))]
     kinds: tuple[OrderKind, ...] = ("nothing", "speed_limit", "ramp_priority", "ramp_hold")
     order = Order(
         kind=kinds[rng.choice(4, p=np.array(order_weights) / sum(order_weights))],
         segment=int(rng.integers(road.segments)),
         speed=float(rng.choice([60, 80])) / 3.6,
     )
-    return Episode(flow, ramp, tuple(trips), incident if happens else None, news, order, int(rng.integers(2**31 - 1)))
+    return Episode(flow, ramp, tuple(trips), incident if happens else None, frozenset(tellers.split("+")), order,
+                   int(rng.integers(2**31 - 1)))

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
+import itertools
 import os
+import shutil
+import subprocess
+import sys
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,6 +27,8 @@ HARD = -3.0
 _FREE = 36.0  # maxSpeed of the vehicle types: no cap
 _PRESSING = 0b10101010101  # lane-change mode: as by default, but commanded changes only avoid immediate collisions
 
+Client = Literal["libsumo", "traci", "gui"]
+_labels = itertools.count()
 _holder: tuple[int, weakref.ref[Simulation]] | None = None
 
 
@@ -56,6 +63,7 @@ class Snapshot:
         x: front bumper, m from the start of the road.
         speed: m/s.
         cav: connected and automated.
+        ramp: came by the ramp.
         broken: the vehicle of the incident.
     """
 
@@ -66,20 +74,24 @@ class Snapshot:
     x: np.ndarray
     speed: np.ndarray
     cav: np.ndarray
+    ramp: np.ndarray
     broken: np.ndarray
 
 
 @dataclass
 class Tally:
-    """Sums over a time: metres driven, vehicle-seconds on the road and waiting to enter, vehicles that left, hard
-    brakings (at the end of the time only), vehicle-steps of collisions."""
+    """Sums over a time: metres driven, vehicle-seconds on the road and waiting to enter, vehicles that left and their
+    seconds since they wanted to enter, hard brakings (looked at when the time is over), vehicle-steps of collisions,
+    grams of CO2 (rate when the time is over, held for all of it)."""
 
     metres: float = 0.0
     driving: float = 0.0
     waiting: float = 0.0
     arrived: int = 0
+    travelled: float = 0.0
     hard: int = 0
     collisions: int = 0
+    co2: float = 0.0
 
     def add(self, other: Tally) -> None:
         for name, value in vars(other).items():
@@ -100,17 +112,22 @@ class Simulation:
         net: SUMO network file of the road.
         seed: SUMO's random seed.
         step_length: s.
-        departs: sorted departure times of all vehicles in the route file, s.
+        departs: sorted departure times of all vehicles in the route file, s; the number in a vehicle's name is its
+            place here.
         incident: the vehicle that breaks down, if any.
         clear_zone: stretches on which a lane is cleared.
+        counted: controlled segments that have a counter on every lane, at their end.
+        interval: seconds over which counters count.
+        client: ``"libsumo"``, in this process, ``"traci"``, over a socket, or ``"gui"``, sumo-gui over a socket.
 
     Raises:
         LacerError: if another simulation runs in this process, SUMO is missing, or it does not start.
     """
 
     def __init__(
-        self, road: Motorway, routes: Path, *, net: Path, seed: int, step_length: float, departs: np.ndarray,
-        incident: Incident | None, clear_zone: tuple[int, ...],
+        self, road: Motorway, routes: Path, *, net: Path, seed: int, step_length: float, departs: list[float],
+        incident: Incident | None, clear_zone: tuple[int, ...], counted: tuple[int, ...] = (),
+        interval: float = 10.0, client: Client = "libsumo",
     ) -> None:
         self.sumo: Any = None
         self.road, self.step_length, self.clear_zone = road, step_length, clear_zone
@@ -118,19 +135,37 @@ class Simulation:
         self._entered, self._left = 0, 0
         self.broken: str | None = None
         """The broken-down vehicle, while the incident lasts."""
-        self._departs, self._incident = departs.tolist(), incident
+        self._departs, self._incident = departs, incident
         self._caps: dict[str, float] = {}
         self._pressing: set[str] = set()
         self._lanes = [
             (f"{s.name}_{k}", e, k - s.offset) for e, s in enumerate(road.stretches) for k in range(s.lanes + s.offset)
         ] + [("ramp_0", -1, -1)]
         self._ramp_x = road.starts[2] - road.ramp_length
+        self._edges = [s.name for s in road.stretches] + ["ramp"]
         self._starts = np.array([*road.starts, self._ramp_x])
         self.seen = self._snapshot([], [], [], [], [])
         """The vehicles at the end of the last :meth:`run`."""
-        self.sumo = self._start(net, routes, seed)
+        counters = [f"s{i}_{k + road.stretches[i].offset}" for i in counted for k in range(road.lanes)]
+        self._counters, self._places = [f"count_{c}" for c in counters], len(counted)
+        command = [
+            "--net-file", str(net), "--route-files", str(routes), "--seed", str(seed), "--step-length",
+            str(step_length), "--time-to-teleport", "-1", "--collision.action", "warn", "--no-step-log", "true",
+            "--no-warnings", "true", "--duration-log.disable", "true", "--xml-validation", "never",
+        ]
+        if counters:
+            extra = routes.with_name("counters.add.xml")
+            try:
+                extra.write_text("<additional>\n" + "".join(
+                    f'<inductionLoop id="count_{c}" lane="{c}" pos="-5" period="{interval}" file="NUL"/>\n'
+                    for c in counters) + "</additional>\n")
+            except OSError as e:
+                raise LacerError(f"cannot write the list of counters: {e}") from e
+            command += ["--additional-files", str(extra)]
+        self.sumo = self._start(command) if client == "libsumo" else _connect(command, client)
+        self._errors = _failures()
 
-    def _start(self, net: Path, routes: Path, seed: int) -> Any:
+    def _start(self, options: list[str]) -> Any:
         global _holder
         sumo_home()
         try:
@@ -148,14 +183,8 @@ class Simulation:
                 raise LacerError("another program part runs a libsumo simulation in this process; close it first, or "
                                  "run this environment in a process of its own (SubprocVecEnv)")
             libsumo.close()  # left over from a collected environment, or inherited by a forked process
-        command = [
-            "sumo", "--net-file", str(net), "--route-files", str(routes), "--seed", str(seed),
-            "--step-length", str(self.step_length), "--time-to-teleport", "-1", "--collision.action", "warn",
-            "--no-step-log", "true", "--no-warnings", "true", "--duration-log.disable", "true",
-            "--xml-validation", "never",
-        ]
         try:
-            libsumo.start(command)
+            libsumo.start(["sumo", *options])
         except Exception as e:  # libsumo raises TraCIException and RuntimeError
             raise LacerError(f"SUMO did not start: {e}") from e
         _holder = (os.getpid(), weakref.ref(self))
@@ -164,7 +193,10 @@ class Simulation:
     def close(self) -> None:
         """End the simulation and give the process's place back; harmless when done twice."""
         sumo, self.sumo = self.sumo, None
-        if sumo is not None and sumo.isLoaded():
+        if sumo is None or (hasattr(sumo, "isLoaded") and not sumo.isLoaded()):
+            return
+        # A failed simulation may fail again as it is closed; its error was told when it failed.
+        with contextlib.suppress(*self._errors):
             sumo.close()
 
     def run(self, seconds: float, command: Command | None = None) -> Tally:
@@ -185,9 +217,10 @@ class Simulation:
                     self._apply(command)
                 self._step(tally)
             self.seen = self._read()
-            braking = self.sumo.vehicle.getAcceleration
+            braking, fumes = self.sumo.vehicle.getAcceleration, self.sumo.edge.getCO2Emission
             tally.hard = sum(braking(v) < HARD for v in self.seen.ids)
-        except Exception as e:  # TraCIException, FatalTraCIError, RuntimeError
+            tally.co2 = sum(map(fumes, self._edges)) * seconds / 1000
+        except self._errors as e:
             self.close()
             raise LacerError(f"the SUMO simulation failed at {self.now:.1f} s: {e}; reset() starts a new one") from e
         # Every vehicle drove from where it was, or entered, to where it is, or to the exit.
@@ -201,13 +234,21 @@ class Simulation:
         for v in simulation.getDepartedIDList():
             self._entered += 1
             tally.metres -= self._ramp_x if v[1] == "r" else 0.0
-        arrived = simulation.getArrivedNumber()
+        gone = simulation.getArrivedIDList()
+        for v in gone:
+            tally.travelled += self.now - self._departs[int(v[2:])]
+        arrived = len(gone)
         tally.arrived += arrived
         tally.metres += arrived * self.road.length
         self._left += arrived
         tally.driving += (self._entered - self._left) * dt
         tally.waiting += self.backlog * dt
         tally.collisions += simulation.getCollidingVehiclesNumber()
+
+    def counts(self) -> np.ndarray:
+        """Vehicles that passed each counter in the last whole interval, (places, L)."""
+        count = self.sumo.inductionloop.getLastIntervalVehicleNumber
+        return np.array([count(c) for c in self._counters], float).reshape(self._places, -1)
 
     @property
     def backlog(self) -> int:
@@ -235,7 +276,7 @@ class Simulation:
                 at = self.road.stretches[incident.stretch]
                 try:
                     sumo.vehicle.setStop(v, at.name, incident.position, incident.lane + at.offset, 1e6)
-                except sumo.TraCIException:
+                except self._errors:  # it cannot stop there any more
                     continue
                 self.broken = v
                 return
@@ -277,14 +318,46 @@ class Simulation:
             ids.extend(here)
             edge.extend([e] * len(here))
             lane.extend([k] * len(here))
-        return self._snapshot(ids, edge, lane, [vehicle.getLanePosition(v) for v in ids],
-                              [vehicle.getSpeed(v) for v in ids])
+        return self._snapshot(ids, edge, lane, list(map(vehicle.getLanePosition, ids)),
+                              list(map(vehicle.getSpeed, ids)))
 
     def _snapshot(
         self, ids: list[str], edge: list[int], lane: list[int], position: list[float], speed: list[float]
     ) -> Snapshot:
         edges, positions = np.array(edge, int), np.array(position, float)
+        names = np.frombuffer("".join([v[:2] for v in ids]).encode(), np.uint8).reshape(-1, 2)
+        broken = np.zeros(len(ids), bool)
+        if self.broken in ids:
+            broken[ids.index(self.broken)] = True
         return Snapshot(
             ids, edges, np.array(lane, int), positions, positions + self._starts[edges], np.array(speed, float),
-            np.array([v[0] == "c" for v in ids], bool), np.array([v == self.broken for v in ids], bool),
+            names[:, 0] == ord("c"), names[:, 1] == ord("r"), broken,
         )
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What a failing SUMO raises; the exceptions of libsumo and traci have no common base."""
+    clients = [sys.modules[n] for n in ("libsumo", "traci") if n in sys.modules]
+    return (*(c.TraCIException for c in clients), *(c.FatalTraCIError for c in clients), RuntimeError, OSError)
+
+
+def _connect(options: list[str], client: Client) -> Any:
+    """Start SUMO in a process of its own and connect to it."""
+    home = sumo_home()
+    try:
+        import traci
+    except ImportError as e:
+        raise LacerError("traci is missing; install it with: pip install eclipse-sumo") from e
+    name = "sumo-gui" if client == "gui" else "sumo"
+    if client == "gui" and sys.platform.startswith("linux") and not (
+            os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        raise LacerError('render_mode="human" opens sumo-gui, which needs a display, and DISPLAY is not set; '
+                         'use render_mode="rgb_array"')
+    program = shutil.which(name, path=str(home / "bin")) or name
+    window = ["--start", "true", "--quit-on-end", "true", "--delay", "50"] if client == "gui" else []
+    label = f"lacer-{next(_labels)}"
+    try:
+        traci.start([program, *options, *window], label=label, numRetries=20, stdout=subprocess.DEVNULL)
+    except (*_failures(), SystemExit) as e:
+        raise LacerError(f"{name} did not start: {e}") from e
+    return traci.getConnection(label)
