@@ -6,10 +6,16 @@ A blanked source is constant, zeros or an empty message, in training and in eval
 condition is trained with the same seeds and steps, and evaluated on the same episodes, whose seeds no training sees.
 The loss of a source is the return with all sources minus the return without it; its 95 % interval comes from drawing
 trainings and episodes anew (10,000 draws, both with replacement). The trainings with all sources are also set against
-no control, random actions, and constant speed advice, the best of which is chosen on other episodes.
+scripted policies: no control, random actions, and the constant advice (speed, or lane to clear) that was best on other
+episodes.
 
-Every finished training is one line of the file OUT, so that the benchmark can be stopped and started again. The last
-line printed is JSON.
+    python benchmarks/source_value.py --encoders 10 --seeds 1 2 3 --steps 3072 --out encoders.jsonl
+
+trains that many random encoders of the space `quick`, all sources shown, and sets the spread of their returns against
+that of the seeds.
+
+Every finished training is one line of the file OUT, so that the benchmark can be stopped and started again; --runs ends
+it after so many trainings. The last line printed is JSON.
 """
 
 from __future__ import annotations
@@ -26,17 +32,13 @@ import numpy as np
 
 from lacer.agents import Protocol, RunRequest, run
 from lacer.agents.evaluation import PPOConfig
-from lacer.envs import make, register_env
+from lacer.envs import make, register_env, task_card
 from lacer.envs.traffic.demand import CARRIERS
 from lacer.envs.traffic.mixed import MixedTrafficEnv
+from lacer.envs.traffic.scenes import CONTROLS, SCENES
+from lacer.search.space import load_space
 
-SCENE: dict[str, Any] = {
-    "scene": "small", "lanes": 2, "main_flow": [800, 1200], "ramp_flow": [60, 200], "control_interval": 6,
-    "horizon": 120, "warm_up": 40, "order_weights": [0.4, 0, 0.3, 0.3], "order_weight": 0.3,
-    "news": {"instruction": 1, "camera": 2, "traffic": 3, "history": 2, "sequence": 2},
-}
-"""Two lanes and little traffic, so that a step is cheap and what an action does is seen at once; few vehicles on the
-ramp, so that obeying the dispatcher costs little speed."""
+SCENE: dict[str, Any] = {"scene": "sources"}
 ENCODER: dict[str, Any] = {
     "sources": {
         "traffic": {"block": "mlp", "width": 64, "depth": 1},
@@ -47,9 +49,9 @@ ENCODER: dict[str, Any] = {
     },
     "fusion": {"block": "concat", "width": 64, "depth": 1},
 }
-PPO = PPOConfig(n_envs=4, n_steps=64, batch_size=64, n_epochs=8, learning_rate=1e-3, gamma=0.5, gae_lambda=0.9,
-                log_std_init=0.5, head=(64, 64))
-"""Wide exploration and a short horizon: the right lane shows in the reward of the same step."""
+PPO = PPOConfig(n_envs=4, n_steps=96, batch_size=96, n_epochs=8, learning_rate=1e-3, gamma=0.8, gae_lambda=0.9,
+                log_std_init=0.0, head=(64, 64))
+"""Rollouts of eight whole episodes in each environment; a short horizon, since lanes clear within a few decisions."""
 EVAL_SEED, CHOICE_SEED = 2_000_000, 2_500_000
 ENV = "source_value:lacer/BlankedTraffic-v0"
 
@@ -74,10 +76,14 @@ if "lacer/BlankedTraffic-v0" not in gym.registry:  # this file runs as __main__ 
 
 
 def train(condition: str, seed: int, steps: int, episodes: int) -> dict[str, Any]:
-    """One training and its evaluation."""
+    """One training and its evaluation; ``condition`` is ``all``, a source to blank or ``encoder N``."""
+    encoder, blank = ENCODER, "" if condition == "all" else condition
+    if condition.startswith("encoder "):
+        space = load_space("quick", task_card("lacer/MixedTraffic-v0", **SCENE))
+        point = space.sample(np.random.default_rng(1000 + int(condition.split()[1])))
+        encoder, blank = space.to_spec(point).model_dump(mode="json"), ""
     protocol = Protocol(steps=steps, eval_episodes=episodes, eval_seed=EVAL_SEED, ppo=PPO)
-    blank = "" if condition == "all" else condition
-    request = RunRequest(env=ENV, env_kwargs={**SCENE, "blank": blank}, encoder=ENCODER, protocol=protocol, seed=seed)
+    request = RunRequest(env=ENV, env_kwargs={**SCENE, "blank": blank}, encoder=encoder, protocol=protocol, seed=seed)
     result = run(request, start_method="fork")  # by the default each environment's process would import torch
     if not result.ok:
         raise SystemExit(f"{condition}, seed {seed}: {result.reason}")
@@ -86,8 +92,8 @@ def train(condition: str, seed: int, steps: int, episodes: int) -> dict[str, Any
             "steps_per_second": result.cost.steps_per_second}
 
 
-Policy = Callable[[dict[str, float]], np.ndarray]
-"""Privileged state to action."""
+Policy = Callable[[MixedTrafficEnv, dict[str, float]], np.ndarray]
+"""Environment and privileged state to action."""
 
 
 def play(env: MixedTrafficEnv, policy: Policy, first: int, episodes: int) -> dict[str, Any]:
@@ -97,42 +103,47 @@ def play(env: MixedTrafficEnv, policy: Policy, first: int, episodes: int) -> dic
         _, info = env.reset(seed=seed)
         total, done = 0.0, False
         while not done:
-            _, reward, _, done, info = env.step(policy(info["state"]))
-            total += reward
+            _, reward, _, done, info = env.step(policy(env, info["state"]))
+            total += float(reward)
         out["returns"].append(total)
         out["speeds"].append(info["metrics"]["average_speed"])
+    env.close()
     return out
 
 
 def controls(episodes: int, scene: dict[str, Any]) -> dict[str, Any]:
-    """No control, random actions, the constant speed advice that is best on other episodes, and what knowing the lane
-    of the incident is worth: clearing it, and clearing another one."""
-    env = make("lacer/MixedTraffic-v0", **scene).unwrapped
-    assert isinstance(env, MixedTrafficEnv)
-    segments, lanes, shape = env.road.segments, env.road.lanes, env.action_space.shape or ()
+    """Scripted policies. Those that give advice have every control, those that act at random the scene's own."""
     rng = np.random.default_rng(0)
 
-    def advice(level: float) -> Policy:
-        action = np.zeros(shape)
-        action[:segments] = -level
-        return lambda state: action
+    def world(**more: Any) -> MixedTrafficEnv:
+        env = make("lacer/MixedTraffic-v0", **scene, **more).unwrapped
+        assert isinstance(env, MixedTrafficEnv)
+        return env
 
-    def clear(shift: int) -> Policy:
-        def act(state: dict[str, float]) -> np.ndarray:
-            action = np.zeros(shape)
-            for k in range(lanes):
-                if state[f"incident_lane_{k}"]:
-                    action[segments + (k + shift) % lanes] = 1.0
-            action[-1] = state["ramp_order"] < 0
-            return action
+    def advice(speed: float = 0.0, lane: int | None = None) -> Policy:
+        def act(env: MixedTrafficEnv, state: dict[str, float]) -> np.ndarray:
+            s, lanes = env.road.segments, np.arange(env.road.lanes)
+            return np.concatenate([np.full(s, speed), (lanes == lane) * 1.0, [0.0]])
         return act
 
-    best = max((0.25, 0.5, 0.75, 1.0),
-               key=lambda level: np.mean(play(env, advice(level), CHOICE_SEED, episodes)["speeds"]))
-    policies = {"no control": advice(0.0), "random": lambda state: rng.uniform(-1, 1, shape),
-                f"constant advice {-best}": advice(best), "lane and orders known": clear(0), "a wrong lane": clear(1)}
-    out = {name: play(env, policy, EVAL_SEED, episodes) for name, policy in policies.items()}
-    env.close()
+    def clear(shift: int) -> Policy:
+        def act(env: MixedTrafficEnv, state: dict[str, float]) -> np.ndarray:
+            n = env.road.lanes
+            blocked = [state[f"incident_lane_{k}"] for k in range(n)]
+            return np.concatenate([np.zeros(env.road.segments), np.roll(blocked, shift), [state["ramp_order"] < 0]])
+        return act
+
+    def best(choices: dict[str, Policy]) -> tuple[str, Policy]:
+        return max(choices.items(),
+                   key=lambda c: np.mean(play(world(controls=CONTROLS), c[1], CHOICE_SEED, episodes)["speeds"]))
+
+    lanes = world().road.lanes
+    speed, slow = best({f"constant speed advice {-x}": advice(-x) for x in (0.25, 0.5, 0.75, 1.0)})
+    lane, always = best({f"always clears lane {k} from the right": advice(lane=k) for k in range(lanes)})
+    policies: dict[str, Policy] = {
+        "no control": advice(), speed: slow, lane: always, "lane known": clear(0), "a wrong lane": clear(1)}
+    out = {name: play(world(controls=CONTROLS), policy, EVAL_SEED, episodes) for name, policy in policies.items()}
+    out["random"] = play(world(), lambda env, state: rng.uniform(-1, 1, env.action_space.shape), EVAL_SEED, episodes)
     return out
 
 
@@ -150,13 +161,13 @@ def interval(difference: np.ndarray) -> tuple[float, float, float]:
 def compare(played: dict[str, Any]) -> dict[str, Any]:
     """Print scripted policies against no control, on the same episodes; the same as JSON."""
     out: dict[str, Any] = {}
-    print("scripted                 return  speed, m/s  against no control: return, speed [95 % interval]")
+    print("scripted                          return  speed, m/s  against no control: return, speed [95 % interval]")
     for name, x in played.items():
         gain = {k: interval(np.array([x[k]]) - np.array([played["no control"][k]])) for k in ("returns", "speeds")}
         out[name] = {"return": round(float(np.mean(x["returns"])), 2), "speed": round(float(np.mean(x["speeds"])), 2),
                      "gain": {k: [round(a, 2) for a in v] for k, v in gain.items()}}
         r, v = gain["returns"], gain["speeds"]
-        print(f"{name:24} {out[name]['return']:+.2f}  {out[name]['speed']:.2f}  "
+        print(f"{name:33} {out[name]['return']:+.2f}  {out[name]['speed']:.2f}  "
               f"{r[0]:+.2f} [{r[1]:+.2f}, {r[2]:+.2f}]  {v[0]:+.2f} [{v[1]:+.2f}, {v[2]:+.2f}]")
     return out
 
@@ -181,14 +192,35 @@ def report(rows: list[dict[str, Any]], others: dict[str, Any], seeds: list[int])
               f"{v[0]:+.2f} [{v[1]:+.2f}, {v[2]:+.2f}]")
     trained = [s for s in seeds if ("all", s) in table]
     if trained:
-        print("PPO with all sources against     return                       speed, m/s")
+        print("PPO with all sources against      return                       speed, m/s")
         for name, x in others.items():
             gain = {key: interval(values("all", key, trained) - np.array(x[key])) for key in ("returns", "speeds")}
             out["gain"][name] = {k: [round(a, 3) for a in v] for k, v in gain.items()}
             r, v = gain["returns"], gain["speeds"]
-            print(f"{name:24} {r[0]:+.2f} [{r[1]:+.2f}, {r[2]:+.2f}]   {v[0]:+.2f} [{v[1]:+.2f}, {v[2]:+.2f}]")
+            print(f"{name:33} {r[0]:+.2f} [{r[1]:+.2f}, {r[2]:+.2f}]   {v[0]:+.2f} [{v[1]:+.2f}, {v[2]:+.2f}]")
         out["speed"] = [round(float(x), 2) for x in values("all", "speeds", trained).mean(1)]
         out["return"] = [round(float(x), 2) for x in values("all", "returns", trained).mean(1)]
+    return out
+
+
+def spread(rows: list[dict[str, Any]], names: list[str], seeds: list[int]) -> dict[str, Any]:
+    """Print how far encoders lie apart, and seeds of one encoder: standard deviations of the mean return, the first one
+    without the share that the seeds put into it."""
+    table = {(r["condition"], r["seed"]): r for r in rows}
+    names = [n for n in names if all((n, s) in table for s in seeds)]
+    if len(names) < 2 or len(seeds) < 2:
+        return {"encoders": len(names)}
+    out: dict[str, Any] = {"encoders": len(names), "seeds": len(seeds)}
+    for key in ("returns", "speeds"):
+        scores = np.array([[np.mean(table[n, s][key]) for s in seeds] for n in names])
+        within = float(np.sqrt(scores.var(1, ddof=1).mean()))
+        between = float(np.sqrt(max(scores.mean(1).var(ddof=1) - within**2 / len(seeds), 0)))
+        means = scores.mean(1)
+        out[key] = {"encoders_sd": round(between, 3), "seeds_sd": round(within, 3), "ratio": round(between / within, 2),
+                    "best": round(float(means.max()), 2), "worst": round(float(means.min()), 2),
+                    "best_to_worst_in_seeds_sd": round(float(np.ptp(means)) / within, 2)}
+        print(f"{key}: encoders {means.min():.2f} to {means.max():.2f}, standard deviation {between:.2f}; "
+              f"seeds {within:.2f}; ratio {between / within:.2f}")
     return out
 
 
@@ -200,27 +232,34 @@ def main() -> None:
     parser.add_argument("--conditions", nargs="+", choices=["all", *CARRIERS], default=["all", *CARRIERS])
     parser.add_argument("--steps", type=int, default=12_288)
     parser.add_argument("--episodes", type=int, default=60)
-    parser.add_argument("--controls", choices=("small", "full"), help="only play the scripted controls, on this scene")
+    parser.add_argument("--encoders", type=int, default=0, help="train so many random encoders instead")
+    parser.add_argument("--runs", type=int, default=None, help="train at most so many now")
+    parser.add_argument("--controls", choices=sorted(SCENES), help="only play the scripted policies, on this scene")
     args = parser.parse_args()
     if args.controls:
         print(json.dumps({"benchmark": "controls", "scene": args.controls, "episodes": args.episodes,
                           **compare(controls(args.episodes, {"scene": args.controls}))}))
         return
+    conditions = [f"encoder {i}" for i in range(args.encoders)] or args.conditions
     rows = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
     rows = [r for r in rows if r["steps"] == args.steps and len(r["returns"]) == args.episodes]
     done = {(r["condition"], r["seed"]) for r in rows}
-    for seed in args.seeds:
-        for condition in args.conditions:
-            if (condition, seed) in done:
-                continue
-            start = time.monotonic()
-            row = train(condition, seed, args.steps, args.episodes)
-            rows.append(row)
-            with args.out.open("a") as f:
-                f.write(json.dumps(row) + "\n")
-            print(f"seed {seed} {condition:12} return {np.mean(row['returns']):+.2f} "
-                  f"speed {np.mean(row['speeds']):.2f} in {time.monotonic() - start:.0f} s", flush=True)
-    result = report(rows, controls(args.episodes, SCENE), args.seeds)
+    missing = [(c, s) for s in args.seeds for c in conditions if (c, s) not in done]
+    for condition, seed in missing[:args.runs]:
+        start = time.monotonic()
+        row = train(condition, seed, args.steps, args.episodes)
+        rows.append(row)
+        with args.out.open("a") as f:
+            f.write(json.dumps(row) + "\n")
+        print(f"seed {seed} {condition:12} return {np.mean(row['returns']):+.2f} "
+              f"speed {np.mean(row['speeds']):.2f} in {time.monotonic() - start:.0f} s", flush=True)
+    if args.runs is not None and len(missing) > args.runs:
+        print(f"{len(missing) - args.runs} trainings are left")
+        return
+    if args.encoders:
+        result = spread(rows, conditions, args.seeds)
+    else:
+        result = report(rows, controls(args.episodes, SCENE), args.seeds)
     print(json.dumps({"benchmark": "source_value", "steps": args.steps, "episodes": args.episodes, **result}))
 
 

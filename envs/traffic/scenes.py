@@ -32,11 +32,12 @@ SCENES: dict[str, dict[str, Any]] = {
         "order_weights": (0.4, 0.2, 0.2, 0.2), "order_weight": 0.03, "safety_weight": 0.0, "controls": CONTROLS,
     },
     "sources": {
-        "lanes": 2, "drop": "before", "in_length": 100.0, "segment_lengths": (300.0, 150.0, 100.0),
-        "out_length": 50.0, "ramp_length": 150.0, "main_flow": (1300.0, 1700.0), "ramp_flow": (60.0, 200.0),
-        "step_length": 1.0, "warm_up": 70.0, "horizon": 120.0, "incident_probability": 1.0,
-        "incident_delay": (-40.0, -25.0), "incident_segments": (3,), "incident_place": (0.1, 0.4),
-        "clear_segments": (1, 2), "news": dict.fromkeys(CARRIERS, 0.2),
+        "lanes": 2, "drop": "before", "in_length": 100.0, "segment_lengths": (300.0, 150.0, 120.0),
+        "out_length": 50.0, "ramp_length": 150.0, "main_flow": (1200.0, 1500.0), "ramp_flow": (60.0, 200.0),
+        "step_length": 1.0, "warm_up": 60.0, "horizon": 120.0, "incident_probability": 1.0,
+        "incident_delay": (-35.0, -25.0), "incident_segments": (3,), "incident_place": (0.1, 0.4),
+        "clear_segments": (1, 2),
+        "news": {"instruction": 0.18, "camera": 0.2, "traffic": 0.22, "history": 0.22, "sequence": 0.18},
         "order_weights": (1.0, 0.0, 0.0, 0.0), "order_weight": 0.0, "safety_weight": 1.0, "controls": ("lanes",),
     },
 }
