@@ -278,10 +278,11 @@ class MixedTrafficEnv(gym.Env):
             clear_zone=p["clear_segments"], counted=self._counted, interval=self.control_interval, client=self._client,
         )
         self._elapsed, self._total, self._disobeyed, self._exposed = 0.0, Tally(), 0.0, 0.0
-        width = self.task_card.sources["history"].shape[1]
+        n_act = self.action_space.shape[0]  # type: ignore[index]
+        width = self._detectors.summary + len(self._counted) * road.lanes + n_act
         self._history: deque[np.ndarray] = deque(
             [np.zeros(width, np.float32)] * self.history_length, maxlen=self.history_length)
-        self._action = np.zeros(self.action_space.shape or (), np.float32)
+        self._action = np.zeros(n_act, np.float32)
         remembered = min(self.history_length, int(self.warm_up / self.control_interval)) - 1 if self._counted else 0
         self._sim.run(self.warm_up - remembered * self.control_interval)
         for _ in range(remembered):

@@ -37,7 +37,7 @@ def test_an_episode() -> None:
         obs, reward, _, done, info = env.step(np.zeros(env.action_space.shape))
         assert reward == pytest.approx(info["reward_terms"]["speed"])
     assert info["metrics"]["average_speed"] > 0
-    assert obs["sequence"][:, 7:].sum() == obs["sequence"][:, 0].sum(), "every vehicle has a lane"
+    assert obs["sequence"][:, 2].any(), "lanes are known"
     env.close()
 
 

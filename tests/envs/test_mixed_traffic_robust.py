@@ -19,7 +19,7 @@ from lacer.envs.traffic.mixed import MixedTrafficEnv
 
 
 def make(**kwargs: object) -> MixedTrafficEnv:
-    env = lacer.envs.make("lacer/MixedTraffic-v0", scene="small", warm_up=40.0, horizon=60.0, **kwargs).unwrapped
+    env = lacer.envs.make("lacer/MixedTraffic-v0", scene="sources", warm_up=40.0, horizon=60.0, **kwargs).unwrapped
     assert isinstance(env, MixedTrafficEnv)
     return env
 
