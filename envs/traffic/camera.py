@@ -25,13 +25,16 @@ class Camera:
         self._rows = self._strip // (road.lanes + 1)
         self._lanes = road.lanes
         self._lengths = np.array([s.length for s in road.stretches])
-        self._scale = SIZE / self._lengths[1:]
         self._lane_rows = strips * (self._lanes + 1) + 1  # the last one stays black, for what is left of the picture
         high = np.arange(SIZE)
         lane_of = high % self._strip // self._rows
         self._row_of = np.where((high < strips * self._strip) & (lane_of <= self._lanes),
                                 high // self._strip * (self._lanes + 1) + lane_of, self._lane_rows - 1)
-        self._ramp_shift = road.stretches[1].length - road.ramp_length
+        # By stretch; the last one, the ramp, is beside s1. Vehicles of the entry go to a row that is not shown.
+        self._scale = SIZE / np.array([*self._lengths, self._lengths[1]])
+        self._shift = np.array([*[0.0] * len(self._lengths), self._lengths[1] - road.ramp_length])
+        self._shift[0] = -1e4
+        self._first_row = np.array([0, *range(strips), 0]) * (self._lanes + 1) + self._lanes - 1
 
     def draw(
         self, edge: np.ndarray, lane: np.ndarray, position: np.ndarray, speed: np.ndarray, cav: np.ndarray,
@@ -39,21 +42,19 @@ class Camera:
     ) -> np.ndarray:
         """Paint vehicles, all arrays of shape (n,): ``edge`` is the stretch (-1 for the ramp), ``lane`` the through
         lane (-1 for the acceleration lane), ``position`` of the front bumper (m), ``speed`` (m/s)."""
-        ramp = edge < 0
-        strip = np.where(ramp, 0, edge - 1)
-        front = position + ramp * self._ramp_shift
-        seen = np.flatnonzero((strip >= 0) & (front * self._scale[strip] > -1))
-        strip, front, broken = strip[seen], front[seen], broken[seen]
-        scale = self._scale[strip]
-        x1 = (front * scale).astype(int)[:, None]
-        x0 = np.maximum(((front - 5.0 - 4.0 * broken) * scale).astype(int), 0)[:, None]
-        row = strip * (self._lanes + 1) + self._lanes - 1 - np.where(ramp, -1, lane)[seen]
-        colour = np.empty((len(seen), 1, 3), np.uint8)
-        colour[:, 0, 0] = np.where(broken, 255, BODY)
-        colour[:, 0, 1] = np.minimum(40 + 215 * speed[seen] / MAIN_LIMIT, 255)
-        colour[:, 0, 2] = cav[seen] * np.uint8(200)
+        scale = self._scale[edge]
+        front = (position + self._shift[edge]) * scale
+        x1 = front.astype(int)[:, None]
+        x0 = np.maximum((front - (5.0 + 4.0 * broken) * scale).astype(int), 0)[:, None]
+        row = self._first_row[edge] - np.where(edge < 0, -1, lane)
+        row[front <= -1] = -1  # not in the picture, like the entry
+        colour = np.empty((len(row), 1, 3), np.uint8)
+        colour[:, 0, 0] = BODY
+        colour[broken, 0, 0] = 255
+        colour[:, 0, 1] = np.minimum(40 + 215 * speed / MAIN_LIMIT, 255)
+        colour[:, 0, 2] = cav * np.uint8(200)
         back = np.arange((x1 - x0).max(initial=0) + 1)
-        lanes = np.zeros((self._lane_rows, SIZE, 3), np.uint8)
+        lanes = np.zeros((self._lane_rows + 1, SIZE, 3), np.uint8)
         lanes[row[:, None], np.minimum(np.maximum(x1 - back, x0), SIZE - 1)] = colour
         return lanes[self._row_of]
 

@@ -327,17 +327,17 @@ class MixedTrafficEnv(gym.Env):
 
     def command(self, action: np.ndarray) -> Command:
         """What an action (A,) in [-1, 1] tells the vehicles."""
-        speeds, lanes = action[self._slices["speeds"]], action[self._slices["lanes"]]
+        speeds, lanes = action[self._slices["speeds"]].tolist(), action[self._slices["lanes"]].tolist()
         hold = self._hold(action)
         return Command(
-            tuple(MAIN_LIMIT - (MAIN_LIMIT - SLOWEST) * float(s) ** 2 if s < 0 else np.inf for s in speeds),
-            int(np.argmax(lanes)) if lanes.max(initial=-1.0) > CLEAR_ABOVE else None,
+            tuple([MAIN_LIMIT - (MAIN_LIMIT - SLOWEST) * s ** 2 if s < 0 else np.inf for s in speeds]),
+            lanes.index(max(lanes)) if max(lanes, default=-1.0) > CLEAR_ABOVE else None,
             RAMP_LIMIT - (RAMP_LIMIT - SLOWEST_RAMP) * hold if hold > 0 else np.inf,
         )
 
     def _hold(self, action: np.ndarray) -> float:
         """How much the ramp is held, 0 to 1."""
-        return float(action[self._slices["ramp"]].max(initial=0.0))
+        return max(0.0, *action[self._slices["ramp"]].tolist(), 0.0)
 
     def close(self) -> None:
         """End the simulation and give the process's place to other environments; ``reset`` starts anew."""
@@ -411,16 +411,18 @@ class MixedTrafficEnv(gym.Env):
     def _state(self) -> dict[str, float]:
         e, s, active = self._episode, self._seen, self._incident_active
         i = e.incident if active else None
-        ramp, order = s.edge < 0, self._order_in_force()
+        order = self._order_in_force()
         lanes = {f"incident_lane_{k}": float(i is not None and i.lane == k) for k in range(self.road.lanes)}
         n = len(s.ids)
+        standing = s.speed < 5
+        queue, on_ramp = np.count_nonzero(standing), np.count_nonzero(standing & (s.edge < 0))
         return {
             "incident_active": float(active), **lanes,
             "incident_km": (self.road.starts[i.stretch] + i.position) / 1000 if i else 0.0,
-            "queue_length": float((~ramp & (s.speed < 5)).sum()), "ramp_queue": float((ramp & (s.speed < 5)).sum()),
+            "queue_length": float(queue - on_ramp), "ramp_queue": float(on_ramp),
             "backlog": float(self._sim.backlog) if self._sim else 0.0,
-            "vehicles": float(n), "mean_speed": float(s.speed.mean()) if n else MAIN_LIMIT,
-            "actual_cav_share": float(s.cav.mean()) if n else 0.0,
+            "vehicles": float(n), "mean_speed": float(s.speed.sum() / n) if n else MAIN_LIMIT,
+            "actual_cav_share": float(np.count_nonzero(s.cav) / n) if n else 0.0,
             "main_demand": e.main_flow, "ramp_demand": e.ramp_flow,
             "speed_limit_order": e.order.speed if order == "speed_limit" else 0.0,
             "ramp_order": {"ramp_priority": 1.0, "ramp_hold": -1.0}.get(order or "", 0.0),

@@ -48,7 +48,7 @@ class Command:
 
     @property
     def capped(self) -> bool:
-        return bool(np.isfinite(self.ramp_cap) or np.isfinite(self.segment_caps).any())
+        return self.ramp_cap < np.inf or min(self.segment_caps, default=np.inf) < np.inf
 
 
 @dataclass(frozen=True)
@@ -141,10 +141,12 @@ class Simulation:
         self._lanes = [
             (f"{s.name}_{k}", e, k - s.offset) for e, s in enumerate(road.stretches) for k in range(s.lanes + s.offset)
         ] + [("ramp_0", -1, -1)]
-        self._ramp_x = road.starts[2] - road.ramp_length
+        self._ramp_x, self._road_length = road.starts[2] - road.ramp_length, road.length
+        self._lane_edges, self._lane_lanes = (np.array([row[i] for row in self._lanes]) for i in (1, 2))
+        self._lane_numbers = np.arange(len(self._lanes))
         self._edges = [s.name for s in road.stretches] + ["ramp"]
         self._starts = np.array([*road.starts, self._ramp_x])
-        self.seen = self._snapshot([], [], [], [], [])
+        self.seen = self._snapshot([], np.zeros(0, int), [], [])
         """The vehicles at the end of the last :meth:`run`."""
         counters = [f"s{i}_{k + road.stretches[i].offset}" for i in counted for k in range(road.lanes)]
         self._counters, self._places = [f"count_{c}" for c in counters], len(counted)
@@ -209,8 +211,9 @@ class Simulation:
             raise LacerError("the simulation is closed; call reset() first")
         tally = Tally(metres=-float(self.seen.x.sum()))
         every = max(1, round(REAPPLY / self.step_length))
+        steps = round(seconds / self.step_length)
         try:
-            for i in range(round(seconds / self.step_length)):
+            for i in range(steps):
                 if self._incident:
                     self._break_down(self._incident)
                 if i % every == 0 and command is not None:
@@ -218,7 +221,7 @@ class Simulation:
                 self._step(tally)
             self.seen = self._read()
             braking, fumes = self.sumo.vehicle.getAcceleration, self.sumo.edge.getCO2Emission
-            tally.hard = sum(braking(v) < HARD for v in self.seen.ids)
+            tally.hard = sum([braking(v) < HARD for v in self.seen.ids])
             tally.co2 = sum(map(fumes, self._edges)) * seconds / 1000
         except self._errors as e:
             self.close()
@@ -230,17 +233,17 @@ class Simulation:
     def _step(self, tally: Tally) -> None:
         simulation, dt = self.sumo.simulation, self.step_length
         self.sumo.simulationStep()
-        self.now += dt
+        self.now = now = self.now + dt
         for v in simulation.getDepartedIDList():
             self._entered += 1
-            tally.metres -= self._ramp_x if v[1] == "r" else 0.0
+            if v[1] == "r":
+                tally.metres -= self._ramp_x
         gone = simulation.getArrivedIDList()
+        self._left += len(gone)
+        tally.arrived += len(gone)
+        tally.metres += len(gone) * self._road_length
         for v in gone:
-            tally.travelled += self.now - self._departs[int(v[2:])]
-        arrived = len(gone)
-        tally.arrived += arrived
-        tally.metres += arrived * self.road.length
-        self._left += arrived
+            tally.travelled += now - self._departs[int(v[2:])]
         tally.driving += (self._entered - self._left) * dt
         tally.waiting += self.backlog * dt
         tally.collisions += simulation.getCollidingVehiclesNumber()
@@ -311,26 +314,23 @@ class Simulation:
     def _read(self) -> Snapshot:
         lane_ids, vehicle = self.sumo.lane.getLastStepVehicleIDs, self.sumo.vehicle
         ids: list[str] = []
-        edge: list[int] = []
-        lane: list[int] = []
-        for name, e, k in self._lanes:
+        counts = []
+        for name, _, _ in self._lanes:
             here = lane_ids(name)
-            ids.extend(here)
-            edge.extend([e] * len(here))
-            lane.extend([k] * len(here))
-        return self._snapshot(ids, edge, lane, list(map(vehicle.getLanePosition, ids)),
+            ids += here
+            counts.append(len(here))
+        return self._snapshot(ids, self._lane_numbers.repeat(counts), list(map(vehicle.getLanePosition, ids)),
                               list(map(vehicle.getSpeed, ids)))
 
-    def _snapshot(
-        self, ids: list[str], edge: list[int], lane: list[int], position: list[float], speed: list[float]
-    ) -> Snapshot:
-        edges, positions = np.array(edge, int), np.array(position, float)
+    def _snapshot(self, ids: list[str], lane: np.ndarray, position: list[float], speed: list[float]) -> Snapshot:
+        """``lane`` is the place in the list of all lanes."""
+        edges, positions = self._lane_edges[lane], np.array(position, float)
         names = np.frombuffer("".join([v[:2] for v in ids]).encode(), np.uint8).reshape(-1, 2)
         broken = np.zeros(len(ids), bool)
         if self.broken in ids:
             broken[ids.index(self.broken)] = True
         return Snapshot(
-            ids, edges, np.array(lane, int), positions, positions + self._starts[edges], np.array(speed, float),
+            ids, edges, self._lane_lanes[lane], positions, positions + self._starts[edges], np.array(speed, float),
             names[:, 0] == ord("c"), names[:, 1] == ord("r"), broken,
         )
 
