@@ -166,6 +166,9 @@ class Simulation:
             command += ["--additional-files", str(extra)]
         self.sumo = self._start(command) if client == "libsumo" else _connect(command, client)
         self._errors = _failures()
+        simulation = self.sumo.simulation
+        self._calls = (self.sumo.simulationStep, simulation.getDepartedIDList, simulation.getArrivedIDList,
+                       simulation.getCollidingVehiclesNumber)  # looked up once: they are called in every step
 
     def _start(self, options: list[str]) -> Any:
         global _holder
@@ -231,22 +234,23 @@ class Simulation:
         return tally
 
     def _step(self, tally: Tally) -> None:
-        simulation, dt = self.sumo.simulation, self.step_length
-        self.sumo.simulationStep()
-        self.now = now = self.now + dt
-        for v in simulation.getDepartedIDList():
+        step, departed, arrived, colliding = self._calls
+        step()
+        self.now = now = self.now + self.step_length
+        for v in departed():
             self._entered += 1
             if v[1] == "r":
                 tally.metres -= self._ramp_x
-        gone = simulation.getArrivedIDList()
-        self._left += len(gone)
-        tally.arrived += len(gone)
-        tally.metres += len(gone) * self._road_length
-        for v in gone:
-            tally.travelled += now - self._departs[int(v[2:])]
-        tally.driving += (self._entered - self._left) * dt
-        tally.waiting += self.backlog * dt
-        tally.collisions += simulation.getCollidingVehiclesNumber()
+        gone = arrived()
+        if gone:
+            self._left += len(gone)
+            tally.arrived += len(gone)
+            tally.metres += len(gone) * self._road_length
+            for v in gone:
+                tally.travelled += now - self._departs[int(v[2:])]
+        tally.driving += (self._entered - self._left) * self.step_length
+        tally.waiting += self.backlog * self.step_length
+        tally.collisions += colliding()
 
     def counts(self) -> np.ndarray:
         """Vehicles that passed each counter in the last whole interval, (places, L)."""
