@@ -44,8 +44,8 @@ class MixedTrafficEnv(gym.Env):
             speed (1 = 10 m/s), CAV share, of each segment and the exit; density and speed of each lane of each
             segment; density and speed of the ramp. With relative detector noise.
         history: series (T, 3 (S + 1) [+ K L] + A), oldest first: speed, density, flow (1 = 0.5 veh/s/lane) of each
-            segment and the exit, [vehicles counted on each lane at the end of the segments where incidents may happen,
-            as a flow, the last intervals of the warm-up too], then the action.
+            segment and the exit, [flow (1 = 0.15 veh/s) of each lane at the end of the segments where incidents may
+            happen, the last intervals of the warm-up too], then the action.
         sequence: set (N, 7 [+ L]), the vehicles before the end of the acceleration lane, nearest first: 1 if present,
             distance to that end (1 = 500 m), lane (0 acceleration lane or ramp, 1 leftmost), speed, gap ahead
             (1 = 100 m), is a CAV, came by the ramp, [lane on which it reports itself broken down, one-hot; such a

@@ -11,6 +11,8 @@ JAM = 0.08
 """Density that reads 1: vehicles per metre and lane."""
 FLOW = 0.5
 """Flow that reads 1: vehicles per second and lane."""
+COUNTED = 0.15
+"""Flow by lane that reads 1 at a counter: vehicles per second."""
 HIGHEST = 2.0
 """Readings end here."""
 VEHICLE_COLUMNS = 7
@@ -75,7 +77,7 @@ class Detectors:
 
 def counters(counts: np.ndarray, seconds: float, by_lane: bool) -> np.ndarray:
     """Flow by lane, scaled, flat, from counts (places, L) of an interval; the mean of the lanes where counters fail."""
-    flow = counts / (seconds * FLOW)
+    flow = counts / (seconds * COUNTED)
     if not by_lane:
         flow = np.broadcast_to(flow.mean(1, keepdims=True), flow.shape)
     return np.minimum(flow.ravel(), HIGHEST).astype(np.float32)
