@@ -345,23 +345,30 @@ def _failures() -> tuple[type[Exception], ...]:
     return (*(c.TraCIException for c in clients), *(c.FatalTraCIError for c in clients), RuntimeError, OSError)
 
 
+def remote_command(options: list[str], client: Client) -> list[str]:
+    """The command that starts SUMO in a process of its own; with a window that runs by itself and closes at the end.
+
+    Raises:
+        LacerError: if a window is asked for and there is no display.
+    """
+    name, window = "sumo", []
+    if client == "gui":
+        if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+            raise LacerError('render_mode="human" opens sumo-gui, which needs a display, and DISPLAY is not set; '
+                             'use render_mode="rgb_array"')
+        name, window = "sumo-gui", ["--start", "true", "--quit-on-end", "true", "--delay", "50"]
+    return [shutil.which(name, path=str(sumo_home() / "bin")) or name, *options, *window]
+
+
 def _connect(options: list[str], client: Client) -> Any:
     """Start SUMO in a process of its own and connect to it."""
-    home = sumo_home()
+    command, label = remote_command(options, client), f"lacer-{next(_labels)}"
     try:
         import traci
     except ImportError as e:
         raise LacerError("traci is missing; install it with: pip install eclipse-sumo") from e
-    name = "sumo-gui" if client == "gui" else "sumo"
-    if client == "gui" and sys.platform.startswith("linux") and not (
-            os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        raise LacerError('render_mode="human" opens sumo-gui, which needs a display, and DISPLAY is not set; '
-                         'use render_mode="rgb_array"')
-    program = shutil.which(name, path=str(home / "bin")) or name
-    window = ["--start", "true", "--quit-on-end", "true", "--delay", "50"] if client == "gui" else []
-    label = f"lacer-{next(_labels)}"
     try:
-        traci.start([program, *options, *window], label=label, numRetries=20, stdout=subprocess.DEVNULL)
+        traci.start(command, label=label, numRetries=20, stdout=subprocess.DEVNULL)
     except (*_failures(), SystemExit) as e:
-        raise LacerError(f"{name} did not start: {e}") from e
+        raise LacerError(f"{command[0]} did not start: {e}") from e
     return traci.getConnection(label)

@@ -16,6 +16,7 @@ import pytest
 import lacer.envs
 from lacer.envs import LacerError
 from lacer.envs.traffic.mixed import MixedTrafficEnv
+from lacer.envs.traffic.simulation import remote_command
 
 
 def make(**kwargs: object) -> MixedTrafficEnv:
@@ -101,6 +102,33 @@ def test_a_video_is_recorded(tmp_path: Path) -> None:
         *_, done, _ = env.step(env.action_space.sample())
     env.close()
     assert [f.stat().st_size > 10_000 for f in tmp_path.glob("*.mp4")] == [True]
+
+
+def test_pictures_make_a_video(tmp_path: Path) -> None:
+    """What RecordVideo needs of an environment: pictures of one even size, an episode long."""
+    imageio = pytest.importorskip("imageio.v3")
+    pytest.importorskip("imageio_ffmpeg", reason="writes mp4")
+    env = make(render_mode="rgb_array")
+    env.reset(seed=1)
+    frames, done = [env.render()], False
+    while not done:
+        *_, done, _ = env.step(env.action_space.sample())
+        frames.append(env.render())
+    env.close()
+    assert {(f.shape, f.dtype) for f in frames if f is not None} == {(frames[0].shape, np.dtype(np.uint8))}
+    assert not any(side % 2 for side in frames[0].shape[:2]), "usual codecs want even sides"
+    imageio.imwrite(tmp_path / "episode.mp4", np.stack(frames), fps=env.metadata["render_fps"], macro_block_size=2)
+    again = imageio.imread(tmp_path / "episode.mp4")
+    assert again.shape == (len(frames), *frames[0].shape)
+    assert np.abs(again[-1].astype(int) - frames[-1]).mean() < 10
+
+
+def test_the_window_is_sumos(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISPLAY", ":7")
+    program, *options = remote_command(["--net-file", "x.net.xml"], "gui")
+    assert Path(program).name == "sumo-gui"
+    assert options == ["--net-file", "x.net.xml", "--start", "true", "--quit-on-end", "true", "--delay", "50"]
+    assert Path(remote_command([], "traci")[0]).name == "sumo"
 
 
 @pytest.mark.slow
