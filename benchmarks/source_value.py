@@ -49,9 +49,9 @@ ENCODER: dict[str, Any] = {
     },
     "fusion": {"block": "concat", "width": 64, "depth": 1},
 }
-PPO = PPOConfig(n_envs=4, n_steps=48, batch_size=64, n_epochs=8, learning_rate=2e-3, gamma=0.6, gae_lambda=0.9,
+PPO = PPOConfig(n_envs=4, n_steps=96, batch_size=96, n_epochs=8, learning_rate=2e-3, gamma=0.6, gae_lambda=0.9,
                 log_std_init=-0.3, head=(64, 64))
-"""Rollouts of four whole episodes in each environment; a short horizon, since lanes clear within a few decisions."""
+"""Rollouts of eight whole episodes in each environment; a short horizon, since lanes clear within a few decisions."""
 EVAL_SEED, CHOICE_SEED = 3_000_000, 2_500_000
 ENV = "source_value:lacer/BlankedTraffic-v0"
 
@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13, 14, 15])
     parser.add_argument("--conditions", nargs="+", choices=["all", *CARRIERS], default=["all", *CARRIERS])
     parser.add_argument("--steps", type=int, default=6_144)
-    parser.add_argument("--episodes", type=int, default=60)
+    parser.add_argument("--episodes", type=int, default=120)
     parser.add_argument("--encoders", type=int, default=0, help="train so many random encoders instead")
     parser.add_argument("--runs", type=int, default=None, help="train at most so many now")
     parser.add_argument("--controls", choices=sorted(SCENES), help="only play the scripted policies, on this scene")
