@@ -218,6 +218,8 @@ class MixedTrafficEnv(gym.Env):
             f"{p['cav_share']:.0%} of the vehicles connected and automated (CAVs). Every {self.control_interval:g} s "
             f"set {listed}. A vehicle may break down on a lane: clearing that lane early gains most, clearing another "
             f"one costs most. {told} Maximise the average speed over an episode, waiting vehicles counted."
+            + (" The reward also falls with the share of vehicles that approach a broken-down one on its lane."
+               if self.safety_weight else "")
         )
 
     def _sources(self, n_act: int) -> list[SourceSpec]:
