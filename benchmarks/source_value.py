@@ -9,7 +9,7 @@ trainings and episodes anew (10,000 draws, both with replacement). The trainings
 scripted policies: no control, random actions, and the constant advice (speed, or lane to clear) that was best on other
 episodes.
 
-    python benchmarks/source_value.py --encoders 10 --seeds 21 22 23 --steps 3072 --out encoders.jsonl
+    python benchmarks/source_value.py --encoders 10 --seeds 21 22 23 --steps 6144 --out encoders.jsonl
 
 trains that many random encoders of the space `quick`, all sources shown, and sets the spread of their returns against
 that of the seeds.
@@ -230,7 +230,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("source_value.jsonl"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13, 14, 15])
     parser.add_argument("--conditions", nargs="+", choices=["all", *CARRIERS], default=["all", *CARRIERS])
-    parser.add_argument("--steps", type=int, default=6_144)
+    parser.add_argument("--steps", type=int, default=9_216)
     parser.add_argument("--episodes", type=int, default=120)
     parser.add_argument("--encoders", type=int, default=0, help="train so many random encoders instead")
     parser.add_argument("--runs", type=int, default=None, help="train at most so many now")
