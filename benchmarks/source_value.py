@@ -44,8 +44,8 @@ ENCODER: dict[str, Any] = {
         "traffic": {"block": "mlp", "width": 64, "depth": 1},
         "history": {"block": "cnn", "width": 32},
         "sequence": {"block": "deepsets", "width": 32, "depth": 1},
-        "camera": {"block": "cnn", "channels": 8, "width": 64},
-        "instruction": {"block": "sentence_mlp", "width": 32},
+        "camera": {"block": "cnn", "channels": 16, "width": 64},
+        "instruction": {"block": "sentence_mlp", "width": 64},
     },
     "fusion": {"block": "concat", "width": 64, "depth": 1},
 }
@@ -230,7 +230,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("source_value.jsonl"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13, 14, 15])
     parser.add_argument("--conditions", nargs="+", choices=["all", *CARRIERS], default=["all", *CARRIERS])
-    parser.add_argument("--steps", type=int, default=9_216)
+    parser.add_argument("--steps", type=int, default=7_680)
     parser.add_argument("--episodes", type=int, default=120)
     parser.add_argument("--encoders", type=int, default=0, help="train so many random encoders instead")
     parser.add_argument("--runs", type=int, default=None, help="train at most so many now")
