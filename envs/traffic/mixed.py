@@ -299,8 +299,8 @@ class MixedTrafficEnv(gym.Env):
             a = np.asarray(action, np.float64)
         except (TypeError, ValueError):
             a = np.zeros(0)
-        if a.shape != self.action_space.shape or not np.isfinite(a).all():
-            raise LacerError(f"action must be {self.action_space.shape} finite numbers, not {action!r}")
+        if a.shape != self.action_space.shape or not (np.abs(a) <= 1 + 1e-6).all():  # NaN is not either
+            raise LacerError(f"action must be {self.action_space.shape} finite numbers from -1 to 1, not {action!r}")
         a = np.clip(a, -1, 1)
         order = self._order_in_force()
         tally = self._sim.run(self.control_interval, self.command(a))

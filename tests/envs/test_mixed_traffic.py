@@ -312,7 +312,8 @@ def test_a_window_needs_a_display(monkeypatch: pytest.MonkeyPatch) -> None:
         MixedTrafficEnv(render_mode="humann")
 
 
-@pytest.mark.parametrize("action", [np.zeros(3), np.full(7, np.nan), np.full(7, np.inf), "left"])
+@pytest.mark.parametrize("action", [np.zeros(3), np.full(7, np.nan), np.full(7, np.inf), np.full(7, 1.5),
+                                    "left"])
 def test_impossible_actions_are_refused(env: MixedTrafficEnv, action: Any) -> None:
     env.reset(seed=1)
     with pytest.raises(LacerError, match="finite numbers"):
