@@ -38,10 +38,11 @@ class Camera:
 
     def draw(
         self, edge: np.ndarray, lane: np.ndarray, position: np.ndarray, speed: np.ndarray, cav: np.ndarray,
-        broken: np.ndarray,
+        broken: np.ndarray, lit: tuple[int, int] | None = None,
     ) -> np.ndarray:
         """Paint vehicles, all arrays of shape (n,): ``edge`` is the stretch (-1 for the ramp), ``lane`` the through
-        lane (-1 for the acceleration lane), ``position`` of the front bumper (m), ``speed`` (m/s)."""
+        lane (-1 for the acceleration lane), ``position`` of the front bumper (m), ``speed`` (m/s).
+        ``lit`` is (stretch, lane) of a lane that overhead lights show as closed: occupancy 255 where no vehicle is."""
         scale = self._scale[edge]
         front = (position + self._shift[edge]) * scale
         x1 = front.astype(int)[:, None]
@@ -55,6 +56,8 @@ class Camera:
         colour[:, 0, 2] = cav * np.uint8(200)
         back = np.arange((x1 - x0).max(initial=0) + 1)
         lanes = np.zeros((self._lane_rows + 1, SIZE, 3), np.uint8)
+        if lit:
+            lanes[self._first_row[lit[0]] - lit[1], :, 0] = 255
         lanes[row[:, None], np.minimum(np.maximum(x1 - back, x0), SIZE - 1)] = colour
         return lanes[self._row_of]
 

@@ -40,9 +40,10 @@ class MixedTrafficEnv(gym.Env):
 
     Observation, a Dict of five sources (S controlled segments, L lanes, K segments where incidents may happen, A
     actions); columns in brackets are there if the source can carry the news, see below:
-        traffic: vector (4 (S + 1) + 2 S L + 2,): density (1 = 80 veh/km/lane), mean speed (1 = 27.78 m/s), spread of
-            speed (1 = 10 m/s), CAV share, of each segment and the exit; density and speed of each lane of each
-            segment; density and speed of the ramp. With relative detector noise.
+        traffic: vector (4 (S + 1) + 2 S L + 2 [+ K L],): density (1 = 80 veh/km/lane), mean speed (1 = 27.78 m/s),
+            spread of speed (1 = 10 m/s), CAV share, of each segment and the exit; density and speed of each lane of
+            each segment; density and speed of the ramp; [alarm of automatic incident detection on each lane where
+            incidents may happen, 1 for a broken-down vehicle]. With relative detector noise.
         history: series (T, 3 (S + 1) [+ K L] + A), oldest first: speed, density, flow (1 = 0.5 veh/s/lane) of each
             segment and the exit, [flow (1 = 0.15 veh/s) of each lane at the end of the segments where incidents may
             happen, the last intervals of the warm-up too], then the action.
@@ -50,7 +51,8 @@ class MixedTrafficEnv(gym.Env):
             distance to that end (1 = 500 m), lane (0 acceleration lane or ramp, 1 leftmost), speed, gap ahead
             (1 = 100 m), is a CAV, came by the ramp, [lane on which it reports itself broken down, one-hot; such a
             vehicle is listed however far downstream].
-        camera: image (64, 64, 3) uint8, see :class:`~lacer.envs.traffic.camera.Camera`.
+        camera: image (64, 64, 3) uint8, see :class:`~lacer.envs.traffic.camera.Camera`. [If any of the three above can
+            carry the news: overhead lights show the blocked lane of the segment as closed.]
         instruction: text, the dispatcher's message in force.
     ``news`` says which sources can carry the news of the incident's lane and how often each does; an episode draws.
     Message and camera always can. Where another source does not carry it: the message is an order or nothing in
@@ -166,7 +168,9 @@ class MixedTrafficEnv(gym.Env):
             p["lanes"], p["drop"], p["in_length"], p["segment_lengths"], p["out_length"], p["ramp_length"])
         self._carriers = {"instruction", "camera", *(n for key in p["news"] for n in key.split("+"))}
         self._counted: tuple[int, ...] = p["incident_segments"] if "history" in self._carriers else ()
-        self._camera, self._detectors = Camera(self.road), sensors.Detectors(self.road, detector_noise)
+        self._camera = Camera(self.road)
+        self._detectors = sensors.Detectors(
+            self.road, detector_noise, p["incident_segments"] if "traffic" in self._carriers else ())
         self._client: Client = "gui" if render_mode == "human" else client
         self._sim: Simulation | None = None
         self._folder: Path | None = None
@@ -232,7 +236,8 @@ class MixedTrafficEnv(gym.Env):
             SourceSpec("traffic", "vector", box(self._detectors.size),
                        "Detectors now, noisy: density, mean speed, spread of speed and CAV share of each road segment, "
                        "then density and speed of each lane of each segment, then density and speed of the ramp."
-                       + (silent if "traffic" in carry else "")),
+                       + (" Last: alarm for a standing vehicle, by lane, where breakdowns happen." + silent
+                          if "traffic" in carry else "")),
             SourceSpec("history", "series",
                        box(self.history_length, self._detectors.summary + len(self._counted) * lanes + n_act),
                        "The last control intervals: speed, density and flow of each segment, "
@@ -245,7 +250,8 @@ class MixedTrafficEnv(gym.Env):
                        + (", lane on which it reports itself broken down." + silent if "sequence" in carry else ".")),
             SourceSpec("camera", "image", spaces.Box(0, 255, (SIZE, SIZE, 3), np.uint8),
                        "Bird's-eye picture, one strip per segment with its lanes as rows: occupancy, speed, CAV; a "
-                       "broken-down vehicle is brighter; on foggy days it is nearly blind."),
+                       "broken-down vehicle is brighter; on foggy days it is nearly blind."
+                       + (" Lights show a blocked lane as closed." if len(carry) > 2 else "")),
             SourceSpec("instruction", "text", spaces.Text(text.MAX_LENGTH, min_length=1, charset=text.CHARSET),
                        "Dispatcher's message in plain English: an incident with its lane and kilometre, a temporary "
                        "speed limit, ramp priority, ramp holding, or nothing in particular."),
@@ -449,12 +455,14 @@ class MixedTrafficEnv(gym.Env):
         s = self._seen = self._sim.seen
         news, carry = self._episode.news, self._carriers
         traffic = self._read_detectors()
-        if "camera" in news or self._episode.incident is None:
-            image = self._camera.draw(s.edge, s.lane, s.position, s.speed, s.cav, s.broken)
-        elif self._counted or "sequence" in carry or "traffic" in carry:
+        incident, any_source = self._episode.incident, len(carry) > 2
+        if any_source and incident and "camera" not in news:
             image = fog(None, self.np_random)
         else:
-            image = fog(self._camera.draw(s.edge, s.lane, s.position, s.speed, s.cav, s.broken), self.np_random)
+            lit = (incident.stretch, incident.lane) if any_source and incident and self._incident_active else None
+            image = self._camera.draw(s.edge, s.lane, s.position, s.speed, s.cav, s.broken, lit)
+            if incident and "camera" not in news:
+                image = fog(image, self.np_random)
         reports = "sequence" in news if "sequence" in carry else None
         return {
             "traffic": traffic, "history": np.stack(self._history),

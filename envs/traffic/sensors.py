@@ -23,31 +23,38 @@ class Detectors:
 
     Attributes:
         size: length of :meth:`read`'s first array: density, mean speed, spread of speed and CAV share of each segment
-            and the exit; density and speed of each lane of each segment; density and speed of the ramp.
+            and the exit; density and speed of each lane of each segment; density and speed of the ramp; alarm, 1
+            where a vehicle has broken down, for each lane of the segments ``watched``.
         summary: length of the second: speed, density and flow of each segment and the exit.
     """
 
-    def __init__(self, road: Motorway, noise: float) -> None:
+    def __init__(self, road: Motorway, noise: float, watched: tuple[int, ...] = ()) -> None:
+        self._watched = np.array(watched, int) + 1  # rows of the cells
         self._noise, self._ramp_space = noise, road.ramp_length * JAM
         self._m, self._n_lanes, self._segments = len(road.stretches) - 1, road.lanes, road.segments
         self._width = road.lanes + 2  # acceleration lane, through lanes, the entry's extra lane
         self._cells = (self._m + 2) * self._width  # row 0 is the ramp, row 1 the entry
-        self._kinds = np.arange(0, 4 * self._cells, self._cells)[:, None]
+        self._sums = 5 if watched else 4
+        self._kinds = np.arange(0, self._sums * self._cells, self._cells)[:, None]
         lengths = np.array([s.length for s in road.stretches[1:]])
         self._space = lengths * [s.lanes for s in road.stretches[1:]] * JAM
         self._lane_space = lengths[:-1, None] * JAM
-        self.size = 4 * self._m + 2 * self._segments * self._n_lanes + 2
+        self.size = 4 * self._m + 2 * self._segments * self._n_lanes + 2 + len(watched) * road.lanes
+        self._ramp = 4 * self._m + 2 * self._segments * self._n_lanes
         self.summary = 3 * self._m
 
     def read(self, s: Snapshot, rng: np.random.Generator, by_lane: bool) -> tuple[np.ndarray, np.ndarray]:
         """Readings now. With ``by_lane`` False every lane shows the values of its segment."""
         m, n = self._m, len(s.edge)
-        weights = np.empty((4, n))
+        weights = np.empty((self._sums, n))
         weights[0], weights[1], weights[3] = 1, s.speed, s.cav
         np.multiply(s.speed, s.speed, out=weights[2])
+        if self._sums > 4:
+            weights[4] = s.broken
         index = s.edge * self._width + (s.lane + (self._width + 1)) + self._kinds
-        cells = np.bincount(index.ravel(), weights.ravel(), 4 * self._cells).reshape(4, m + 2, self._width)
-        count, pace, pace2, cav = cells[:, 2:].sum(2)
+        cells = np.bincount(index.ravel(), weights.ravel(), self._sums * self._cells)
+        cells = cells.reshape(self._sums, m + 2, self._width)
+        count, pace, pace2, cav = cells[:4, 2:].sum(2)
         some = np.maximum(count, 1)
         mean = pace / some
         out = np.empty(self.size)
@@ -56,7 +63,7 @@ class Detectors:
         head[:, 1] = np.where(count > 0, mean / MAIN_LIMIT, 1)
         head[:, 2] = np.sqrt(np.maximum(pace2 / some - mean * mean, 0)) / 10
         head[:, 3] = cav / some
-        lanes = out[4 * m:-2].reshape(self._segments, self._n_lanes, 2)
+        lanes = out[4 * m:self._ramp].reshape(self._segments, self._n_lanes, 2)
         if by_lane:
             nl, vl = cells[0, 2:-1, 1:-1], cells[1, 2:-1, 1:-1]
             lanes[..., 0] = nl / self._lane_space
@@ -64,8 +71,11 @@ class Detectors:
         else:
             lanes[:] = head[:-1, None, :2]
         on_ramp, ramp_pace = cells[:2, 0, 0]
-        out[-2] = on_ramp / self._ramp_space
-        out[-1] = ramp_pace / on_ramp / RAMP_LIMIT if on_ramp else 1
+        out[self._ramp] = on_ramp / self._ramp_space
+        out[self._ramp + 1] = ramp_pace / on_ramp / RAMP_LIMIT if on_ramp else 1
+        if self._sums > 4:
+            alarm = cells[4, self._watched, 1:-1]
+            out[self._ramp + 2:].reshape(alarm.shape)[:] = alarm if by_lane else alarm.mean(1, keepdims=True)
         out *= rng.normal(1.0, self._noise, self.size)
         now = np.minimum(np.maximum(out, 0, out=out), HIGHEST, out=out).astype(np.float32)
         seen = now[:4 * m].reshape(m, 4)

@@ -195,12 +195,13 @@ def test_only_the_source_that_has_the_news_tells_the_lane(source: str) -> None:
                 (road.merge_end - road.starts[incident.stretch] - incident.position) / 500, abs=0.01)
         else:
             assert not obs["sequence"][:, 2].any(), "lanes are unknown"
-        speeds = obs["traffic"][4 * (road.segments + 1):-2].reshape(road.segments, road.lanes, 2)[
-            incident.stretch - 1, :, 1]
+        by_lane = obs["traffic"][4 * (road.segments + 1):-2 - road.lanes].reshape(road.segments, road.lanes, 2)
+        speeds, alarm = by_lane[incident.stretch - 1, :, 1], obs["traffic"][-road.lanes:]
         counts = obs["history"][-4:, 3 * (road.segments + 1):][:, :road.lanes].sum(0)
         assert (np.ptp(counts) > 0) == (source == "history")
         assert (np.ptp(speeds) > 0.5 * speeds.mean()) == (source == "traffic")
-        right.append((speeds.argmin() == incident.lane, counts.argmin() == incident.lane))
+        assert (np.ptp(alarm) > 0.5) == (source == "traffic")
+        right.append((speeds.argmin() == incident.lane == alarm.argmax(), counts.argmin() == incident.lane))
     assert all(r[0] for r in right) or source != "traffic"
     assert all(r[1] for r in right) or source != "history"
     env.close()
