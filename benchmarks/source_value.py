@@ -36,7 +36,6 @@ from lacer.envs import make, register_env, task_card
 from lacer.envs.traffic.demand import CARRIERS
 from lacer.envs.traffic.mixed import MixedTrafficEnv
 from lacer.envs.traffic.scenes import CONTROLS, SCENES
-from lacer.search.space import load_space
 
 SCENE: dict[str, Any] = {"scene": "sources"}
 ENCODER: dict[str, Any] = {
@@ -79,6 +78,8 @@ def train(condition: str, seed: int, steps: int, episodes: int) -> dict[str, Any
     """One training and its evaluation; ``condition`` is ``all``, a source to blank or ``encoder N``."""
     encoder, blank = ENCODER, "" if condition == "all" else condition
     if condition.startswith("encoder "):
+        from lacer.search.space import load_space
+
         space = load_space("quick", task_card("lacer/MixedTraffic-v0", **SCENE))
         point = space.sample(np.random.default_rng(1000 + int(condition.split()[1])))
         encoder, blank = space.to_spec(point).model_dump(mode="json"), ""
