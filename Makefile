@@ -6,13 +6,13 @@ ARGS ?=
 FOLDERS := envs encoders agents search configs
 FILES := $(sort $(wildcard $(foreach d,$(FOLDERS),$(d)/* $(d)/*/* $(d)/*/*/* $(d)/*/*/*/*)))
 
-.PHONY: help install search test test-slow test-faults test-ray test-postgres test-local-llm check dist clean FORCE
+.PHONY: help install search test test-slow test-faults test-ray test-postgres test-local-llm check docs dist clean FORCE
 
 help:
 	@echo "make search      search an encoder on SUMO traffic (installs first; about 6 minutes after that)"
 	@echo "make test        all fast tests;  make test-slow: the slow ones; test-faults, test-ray, test-postgres,"
 	@echo "                 test-local-llm: more"
-	@echo "make check       ruff and mypy;   make dist: build the wheel"
+	@echo "make check       ruff and mypy;   make dist: build the wheel;   make docs: build the site"
 
 install: $(VENV)/ready
 
@@ -60,8 +60,15 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# The reference is read from the files, below the name by which they are imported.
+docs: install
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]' --config-settings editable_mode=strict
+	mkdir -p build/docs/lacer
+	for d in $(FOLDERS); do ln -sfn ../../../$$d build/docs/lacer/$$d; done
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 dist: install
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache

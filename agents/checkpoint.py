@@ -38,10 +38,22 @@ def save_agent(folder: str | Path, policy: Any, spec: EncoderSpec, card: TaskCar
     save_file(state, folder / "policy.safetensors")
     (folder / "encoder.json").write_text(spec.to_json() + "\n", encoding="utf-8")
     about = {
-        "format": FORMAT, "layout": _layout(card), "request": request.model_dump(mode="json", exclude={"save_to"}),
+        "format": FORMAT, "layout": _layout(card),
+        "request": request.model_dump(mode="json", exclude={"save_to", "checkpoint"}),
         "strings": table.strings, "evaluation": evaluation.model_dump(mode="json"),
     }
     (folder / "agent.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+
+def _versions(evaluation: Evaluation) -> str:
+    """What to say where a saved agent is not understood: the versions that differ."""
+    from lacer.agents.ppo import versions
+
+    names = ("lacer", "torch", "stable-baselines3", "gymnasium")
+    here = versions()
+    other = [f"{n} {evaluation.versions[n]} (here {here[n]})" for n in names
+             if n in evaluation.versions and evaluation.versions[n] != here[n]]
+    return f". It was saved with {', '.join(other)}" if other else ""
 
 
 class Agent:
@@ -67,15 +79,17 @@ class Agent:
         return action[0]
 
 
-def load(folder: str | Path, env_kwargs: Mapping[str, Any] | None = None) -> Agent:
-    """Loads an agent that a search or ``lacer train`` saved.
+def load(folder: str | Path, env_kwargs: Mapping[str, Any] | None = None, text_model: str | None = None) -> Agent:
+    """Loads an agent that a search or ``lacer train`` saved. The folder is all that it needs, wherever it lies.
 
     Args:
         folder: e.g. ``runs/.../best``.
         env_kwargs: environment arguments, if they should differ from those of the training.
+        text_model: name or folder of the same text model, where it lies elsewhere than in the training.
 
     Raises:
-        LacerError: no agent there, another format, damaged weights, or an environment with other sources or actions.
+        LacerError: no agent there, another format, damaged weights, an encoder or weights that this version does not
+            know, an environment with other sources or actions, or no text model.
     """
     folder = Path(folder)
     try:
@@ -97,7 +111,12 @@ def load(folder: str | Path, env_kwargs: Mapping[str, Any] | None = None) -> Age
     if _layout(card) != layout:
         raise LacerError(f"{folder} was trained for {request.env} with {json.dumps(layout)}, but the environment now "
                          f"has {json.dumps(_layout(card))}")
-    spec = EncoderSpec.load(folder / "encoder.json", card)
+    try:
+        spec = EncoderSpec.load(folder / "encoder.json", card)
+    except LacerError as e:
+        raise LacerError(f"{e}{_versions(evaluation)}") from None
+    if text_model is not None:
+        request = request.model_copy(update={"text_model": text_model})
     table = TextTable(request.text_model, strings)
     ppo = request.protocol.ppo
     policy = CompositePolicy(encoder_space(card), card.action_space, lambda _: 0.0, use_sde=ppo.use_sde,
@@ -111,6 +130,7 @@ def load(folder: str | Path, env_kwargs: Mapping[str, Any] | None = None) -> Age
     try:
         policy.load_state_dict({**state, **shared})
     except RuntimeError as e:
-        raise LacerError(f"{folder}: the weights do not fit the encoder: {str(e)[:300]}") from None
+        raise LacerError(f"{folder}: the weights do not fit the encoder: {str(e)[:300].strip(' .')}"
+                         f"{_versions(evaluation)}") from None
     policy.set_training_mode(False)
     return Agent(policy, spec, card, table, request, evaluation)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from lacer.envs.errors import LacerError
 
 Status = Literal["ok", "failed", "pruned"]
+Shortcut = Literal["fused_adam", "channels_last", "halves", "overlap", "bf16"]
+"""Ways to train faster whose numbers differ from the plain ones; see :class:`lacer.agents.learner.CompositePPO`."""
 
 
 class PPOConfig(BaseModel):
@@ -31,6 +35,8 @@ class PPOConfig(BaseModel):
                                              "noise in every step; for continuous actions")
     sde_sample_freq: int = Field(-1, ge=-1, description="steps after which gSDE draws new noise; -1: once a rollout")
     log_std_init: float = Field(-0.7, description="initial log standard deviation of a continuous policy")
+    shortcuts: tuple[Shortcut, ...] = Field((), description="ways to train faster whose numbers differ from the plain "
+                                            "ones: fused_adam, channels_last, halves, overlap, bf16")
 
 
 class Protocol(BaseModel):
@@ -41,12 +47,61 @@ class Protocol(BaseModel):
     steps: int = Field(10_000, ge=1, description="environment steps of training per candidate")
     eval_episodes: int = Field(10, ge=1, description="evaluation episodes, on held-out seeds, greedy actions")
     eval_seed: int = Field(1_000_000, ge=0, description="seed of the first evaluation episode; the others follow")
+    probes: tuple[str, ...] | None = Field(None, description="probes to take; all unless set, none if empty")
+    probe_at: tuple[float, ...] = Field((), description="shares of the training after which probes are taken too, on "
+                                                        "the training's own rollouts")
+    probe_rows: int = Field(512, ge=8, description="observations that the probes look at")
+    permuted_episodes: int = Field(0, ge=0, description="evaluation episodes for each used source in which it shows "
+                                                        "other moments, for the probe permuted_return")
+    stop_rank: float | None = Field(None, ge=0, le=1, description="end a run if the fused state's effective rank is "
+                                                                  "below this at a point of probe_at")
+    stop_dead: float | None = Field(None, ge=0, le=1, description="end a run if more than this share of the fusion's "
+                                                                  "units is dead at a point of probe_at")
+    checkpoint_every: int = Field(0, ge=0, description="steps after which a training is saved, to go on from there if "
+                                                       "its process is killed, and begins new episodes; 0: never")
     ppo: PPOConfig = PPOConfig()
+
+    @field_validator("probe_at")
+    @classmethod
+    def _within(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not 0 < x < 1 for x in value):
+            raise ValueError(f"must be shares of the training between 0 and 1, not {list(value)}")
+        return value
+
+    @field_validator("probes")
+    @classmethod
+    def _known(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value:
+            from lacer.agents.probes import chosen  # imports torch
+
+            try:
+                chosen(value)
+            except LacerError as e:
+                raise ValueError(str(e)) from None
+        return value
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if not self.probe_at and (self.stop_rank is not None or self.stop_dead is not None):
+            raise ValueError("stop_rank and stop_dead look at the probes of mid-training: set probe_at, e.g. to [0.3]")
+        if self.probe_at and "overlap" in self.ppo.shortcuts:
+            raise ValueError("probe_at needs the environments' states, which the shortcut overlap does not wait for: "
+                             "choose one of them")
+        if self.permuted_episodes > self.eval_episodes:
+            raise ValueError(f"permuted_episodes ({self.permuted_episodes}) are the first of the evaluation's, "
+                             f"of which there are {self.eval_episodes}")
+        return self
 
 
 class RunRequest(BaseModel):
     """One PPO run: train the encoder, evaluate, probe. ``encoder=None`` evaluates "do nothing" (or random actions
-    where the task has no such action) without training."""
+    where the task has no such action) without training.
+
+    Attributes:
+        save_to: folder for the trained agent; None: it is not kept.
+        checkpoint: file that holds how far the training is, from which it goes on, and which is gone when the run has
+            ended; used if the protocol says ``checkpoint_every``.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -58,6 +113,7 @@ class RunRequest(BaseModel):
     seed: int = 0
     text_model: str = "all-MiniLM-L6-v2"
     save_to: str | None = None
+    checkpoint: str | None = None
 
 
 class Call(BaseModel):
@@ -129,7 +185,9 @@ class Evaluation(BaseModel):
         objective: mean task metric over the evaluation episodes.
         returns, metrics: per evaluation episode, in the order of ``episode_seeds``.
         curve: (environment steps, mean return of the training episodes that ended since the last point).
-        probes: by source, and ``fused``: probe name -> value.
+        probes: by source, and ``fused``: probe name -> value, from the evaluation episodes.
+        probe_curve: (environment steps, probes) in mid-training, as the protocol's ``probe_at`` asks, from the
+            training's rollouts.
         found: what a designer's own training found, plain data; empty for candidates.
     """
 
@@ -142,6 +200,7 @@ class Evaluation(BaseModel):
     episode_seeds: list[int] = []
     curve: list[tuple[int, float]] = []
     probes: dict[str, dict[str, float]] = {}
+    probe_curve: list[tuple[int, dict[str, dict[str, float]]]] = []
     cost: Cost = Cost()
     found: dict[str, Any] = {}
     seed: int = 0

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from gymnasium import spaces
 from stable_baselines3.common.policies import MultiInputActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
@@ -17,15 +18,27 @@ from lacer.envs import TaskCard
 
 
 class CompositeExtractor(BaseFeaturesExtractor):
-    """SB3 features extractor around a :class:`CompositeEncoder`."""
+    """SB3 features extractor around a :class:`CompositeEncoder`.
 
-    def __init__(self, observation_space: spaces.Space, spec: EncoderSpec, card: TaskCard, table: TextTable) -> None:
+    Args:
+        observation_space: of the policy.
+        spec, card, table: see :class:`CompositeEncoder`.
+        bf16: matrix products and convolutions in bfloat16 (torch's autocast). Pays on processors with AVX-512 BF16 or
+            AMX and on GPUs; others are many times slower with it.
+    """
+
+    def __init__(self, observation_space: spaces.Space, spec: EncoderSpec, card: TaskCard, table: TextTable,
+                 bf16: bool = False) -> None:
         encoder = build(spec, card, table)
         super().__init__(observation_space, features_dim=encoder.dim)
         self.encoder: CompositeEncoder = encoder
+        self.bf16 = bf16
 
     def forward(self, observations: dict[str, Tensor]) -> Tensor:
-        return self.encoder(observations)
+        if not self.bf16:
+            return self.encoder(observations)
+        with torch.autocast(next(iter(observations.values())).device.type, torch.bfloat16):
+            return self.encoder(observations).float()
 
 
 class SupernetExtractor(BaseFeaturesExtractor):
@@ -56,6 +69,18 @@ class CompositePolicy(MultiInputActorCriticPolicy):
         super()._build(lr_schedule)
         for module, gain in ((self.mlp_extractor, np.sqrt(2)), (self.action_net, 0.01), (self.value_net, 1.0)):
             module.apply(lambda m, g=gain: self.init_weights(m, g))  # type: ignore[misc]
+
+
+    def extract_features(self, obs: Any, features_extractor: BaseFeaturesExtractor | None = None) -> Any:
+        """The encoder takes observations as they are: SB3 would first turn all of them into floats."""
+        return self.features_extractor(obs)
+
+    def evaluate_features(self, features: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """SB3's ``evaluate_actions`` from the encoder's output (B, D) on: values, log likelihoods and entropies."""
+        latent_pi, latent_vf = self.mlp_extractor(features)
+        distribution = self._get_action_dist_from_latent(latent_pi)
+        log_prob = distribution.log_prob(actions)
+        return self.value_net(latent_vf), log_prob, distribution.entropy()
 
 
 def policy_kwargs(spec: EncoderSpec, card: TaskCard, table: TextTable, head: tuple[int, ...],

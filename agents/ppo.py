@@ -5,30 +5,29 @@ from __future__ import annotations
 import platform
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from stable_baselines3 import PPO
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 
 from lacer.agents.checkpoint import save_agent
 from lacer.agents.evaluation import Cost, Evaluation, PPOConfig, Protocol, RunRequest
+from lacer.agents.learner import CompositePPO, Diverged
+from lacer.agents.parts import Kept, learn
 from lacer.agents.policy import CompositeExtractor, CompositePolicy, policy_kwargs
-from lacer.agents.probes import probe
+from lacer.agents.probing import Hopeless, Probing
+from lacer.agents.rollout import SourceRolloutBuffer
 from lacer.agents.vec import EncoderVecEnv
 from lacer.encoders import EncoderSpec, TextTable
 from lacer.envs import LacerError, TaskCard, task_card
 from lacer.envs.vec import StartMethod, close_vec, make_vec
 
 Report = Callable[[dict[str, Any]], None]
-
-
-class Diverged(Exception):
-    """Training produced NaN or infinite numbers."""
 
 
 def versions() -> dict[str, str]:
@@ -47,13 +46,28 @@ def versions() -> dict[str, str]:
 def make_model(spec: EncoderSpec, card: TaskCard, table: TextTable, env: Any, protocol: Protocol, seed: int) -> PPO:
     """SB3's PPO with the composite encoder as features extractor."""
     p = protocol.ppo
-    return make_ppo(CompositePolicy, policy_kwargs(spec, card, table, p.head, p.log_std_init), env, p, seed)
+    return make_ppo(CompositePolicy, policy_kwargs(spec, card, table, p.head, p.log_std_init), env, p, seed,
+                    sources=spec.sources)
 
 
-def make_ppo(policy: type[CompositePolicy], arguments: dict[str, Any], env: Any, p: PPOConfig, seed: int) -> PPO:
-    """SB3's PPO as configured. torch is seeded before the policy is built."""
-    model = PPO(
-        policy, env,
+def make_ppo(policy: type[CompositePolicy], arguments: dict[str, Any], env: Any, p: PPOConfig, seed: int, *,
+             sources: Collection[str] | None = None) -> CompositePPO:
+    """SB3's PPO as configured. torch is seeded before the policy is built.
+
+    Args:
+        sources: those that rollouts keep for the updates; None: all.
+
+    Shortcuts are for candidates' policies; supernets train without.
+    """
+    shortcuts = p.shortcuts if policy is CompositePolicy else ()
+    if "fused_adam" in shortcuts:
+        arguments = {**arguments, "optimizer_kwargs": {"eps": 1e-5, "fused": True}}  # eps as in SB3
+    if "bf16" in shortcuts:
+        arguments = {**arguments, "features_extractor_kwargs": {**arguments["features_extractor_kwargs"], "bf16": True}}
+    model = CompositePPO(
+        policy, env, parts=torch.get_num_threads() if "halves" in shortcuts else 1, overlap="overlap" in shortcuts,
+        rollout_buffer_class=SourceRolloutBuffer,
+        rollout_buffer_kwargs={"sources": sources, "channels_last": "channels_last" in shortcuts},
         n_steps=p.n_steps, batch_size=min(p.batch_size, p.n_steps * p.n_envs), n_epochs=p.n_epochs,
         learning_rate=p.learning_rate, gamma=p.gamma, gae_lambda=p.gae_lambda, clip_range=p.clip_range,
         ent_coef=p.ent_coef, vf_coef=p.vf_coef, max_grad_norm=p.max_grad_norm,
@@ -63,8 +77,8 @@ def make_ppo(policy: type[CompositePolicy], arguments: dict[str, Any], env: Any,
     return model
 
 
-class Progress(BaseCallback):
-    """Learning curve, progress reports, and the check that the loss is finite.
+class Progress(Kept):
+    """Learning curve, progress reports, and the check that the parameters are finite.
 
     Args:
         report: see :func:`run`.
@@ -77,7 +91,7 @@ class Progress(BaseCallback):
         self.report, self.steps, self.before = report, steps, before
         self.curve: list[tuple[int, float]] = []
         self._returns: list[float] = []
-        self._start, self._begin = time.monotonic(), -1
+        self._start, self._begin, self._earlier = time.monotonic(), -1, 0.0
 
     def _on_training_start(self) -> None:
         if self._begin < 0:
@@ -96,6 +110,18 @@ class Progress(BaseCallback):
             self._returns = []
         self.report({"steps": now, "of": self.steps, "return": self.curve[-1][1] if self.curve else None,
                      "steps_per_second": (self.num_timesteps - self._begin) / (time.monotonic() - self._start)})
+
+    def data(self) -> dict[str, Any]:
+        return {"curve": self.curve, "seconds": self.seconds}
+
+    def load(self, data: Mapping[str, Any]) -> None:
+        self.curve = [(int(n), float(r)) for n, r in data["curve"]]
+        self._earlier = float(data["seconds"])
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the training, with that before an interruption."""
+        return self._earlier + time.monotonic() - self._start
 
     def check(self) -> None:
         """Raises Diverged if a parameter is not finite."""
@@ -120,8 +146,12 @@ def run(request: RunRequest, report: Report = lambda _: None, *, start_method: S
     """
     card = task_card(request.env, **request.env_kwargs)
     spec = None if request.encoder is None else EncoderSpec.parse(request.encoder, card)
-    table = TextTable(request.text_model)
-    return attempt(lambda: _run(request, card, spec, table, report, start_method), request.seed)
+    table = TextTable(request.text_model, singly=request.protocol.checkpoint_every > 0)
+    try:
+        return attempt(lambda: _run(request, card, spec, table, report, start_method), request.seed)
+    finally:
+        if request.checkpoint is not None:
+            Path(request.checkpoint).unlink(missing_ok=True)
 
 
 def attempt(training: Callable[[], Evaluation], seed: int) -> Evaluation:
@@ -155,41 +185,52 @@ def _run(request: RunRequest, card: TaskCard, spec: EncoderSpec | None, table: T
     cost = Cost()
     model: PPO | None = None
     curve: list[tuple[int, float]] = []
+    probing = Probing(protocol)
     if spec is not None:
         # SB3's seeding covers the model; torch must be seeded before the encoder is built, which PPO does with `seed`.
         env = EncoderVecEnv(make_vec(request.env, protocol.ppo.n_envs, request.env_kwargs, seed=request.seed,
                                      start_method=start_method), card, table)
+        hopeless = ""
         try:
             model = make_model(spec, card, table, env, protocol, request.seed)
             progress = Progress(report, protocol.steps)
-            start = time.monotonic()
-            model.learn(protocol.steps, callback=progress)
+            learn(model, request, table, [progress, probing])
             progress.check()
+        except Hopeless as e:
+            hopeless = str(e)
         finally:
             close_vec(env)
         curve = progress.curve
+        assert model is not None
         encoder = _encoder(model)
-        cost.train_seconds = time.monotonic() - start
+        cost.probe_seconds = probing.seconds
+        cost.train_seconds = progress.seconds - probing.seconds
         cost.env_steps = model.num_timesteps
         cost.steps_per_second = model.num_timesteps / cost.train_seconds
         cost.parameters_by_module = encoder.parameters_by_module()
         cost.parameters = sum(p.numel() for p in model.policy.parameters() if p.requires_grad)
+        if hopeless:
+            return Evaluation(status="pruned", reason=hopeless, curve=curve, probe_curve=probing.curve, cost=cost,
+                              seed=request.seed)
     start = time.monotonic()
-    episodes = evaluate(model, card, table, request.env, {**request.env_kwargs, **request.eval_env_kwargs}, protocol,
-                        start_method)
+    eval_kwargs = {**request.env_kwargs, **request.eval_env_kwargs}
+    episodes = evaluate(model, card, table, request.env, eval_kwargs, protocol, start_method)
     cost.env_steps += len(episodes.rows["reward"])
     cost.eval_seconds = time.monotonic() - start
     objective = float(np.mean(episodes.metrics[card.objective.metric]))
     result = Evaluation(
         objective=objective, mean_return=float(np.mean(episodes.returns)),
-        returns=episodes.returns, metrics=episodes.metrics, episode_seeds=episodes.seeds, curve=curve, cost=cost,
-        seed=request.seed)
+        returns=episodes.returns, metrics=episodes.metrics, episode_seeds=episodes.seeds, curve=curve,
+        probe_curve=probing.curve, cost=cost, seed=request.seed)
     if not np.isfinite([*episodes.returns, objective]).all():
         return Evaluation.failure("the evaluation's return or metric is not finite", request.seed, cost=cost)
     if model is not None:
         start = time.monotonic()
-        result.probes = _probe(model, episodes)
-        cost.probe_seconds = time.monotonic() - start
+        result.probes = probing.at_the_end(model.policy, episodes, lambda policy, n: evaluate(
+            policy, card, table, request.env, eval_kwargs, protocol.model_copy(update={"eval_episodes": n}),
+            start_method))
+        cost.env_steps += probing.steps
+        cost.probe_seconds += time.monotonic() - start
         if request.save_to is not None:
             assert spec is not None
             save_agent(request.save_to, model.policy, spec, card, table, request, result)
@@ -271,21 +312,3 @@ def evaluate(model: Any, card: TaskCard, table: TextTable, env_id: str, env_kwar
         for key, v in metrics.items():
             out.metrics.setdefault(key, []).append(v)
     return out
-
-
-@torch.no_grad()
-def _probe(model: PPO, episodes: Episodes) -> dict[str, dict[str, float]]:
-    encoder = _encoder(model)
-    rows = episodes.rows
-    names = list(rows["obs"][0])
-    features: dict[str, list[np.ndarray]] = {}
-    model.policy.set_training_mode(False)
-    for start in range(0, len(rows["obs"]), 256):
-        part = rows["obs"][start:start + 256]
-        obs = {k: torch.as_tensor(np.stack([o[k] for o in part]), device=model.device).float() for k in names}
-        parts = encoder.encode(obs)
-        for name, f in parts.items():
-            features.setdefault(name, []).append(f.vector.cpu().numpy())
-        features.setdefault("fused", []).append(encoder.fusion(parts).cpu().numpy())
-    state = {k: np.array([s[k] for s in rows["state"]]) for k in rows["state"][0]}
-    return probe({k: np.concatenate(v) for k, v in features.items()}, state, np.array(rows["episode"]))

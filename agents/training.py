@@ -8,7 +8,6 @@ part that was finished, and finds what it would have found in peace.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,8 +16,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from gymnasium import spaces
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor, nn
@@ -26,6 +23,16 @@ from torch.nn import functional as F
 
 from lacer.agents.calls import find
 from lacer.agents.evaluation import Cost, Evaluation, PPOConfig, Training
+from lacer.agents.parts import (
+    learn_part,
+    load_optimizer,
+    optimizer_tensors,
+    pack,
+    part_seed,
+    read_state,
+    unpack,
+    write_state,
+)
 from lacer.agents.policy import CompositePolicy, SupernetExtractor, supernet_policy_kwargs
 from lacer.agents.ppo import Diverged, Progress, Report, attempt, evaluate, make_ppo
 from lacer.agents.vec import EncoderVecEnv
@@ -85,7 +92,7 @@ class Session:
 
     def seed(self, *key: int) -> int:
         """A seed that depends on that of the training and on some numbers."""
-        return int(np.random.SeedSequence([self.job.seed, *key]).generate_state(1)[0] >> 1)
+        return part_seed(self.job.seed, *key)
 
     def learn(self, model: PPO, rollouts: int, callback: BaseCallback | None = None, *, seed: int) -> None:
         """Trains a model, beginning with new episodes.
@@ -94,12 +101,10 @@ class Session:
             Diverged: a parameter is not finite.
         """
         progress = Progress(self.report, self.job.steps, self.steps - model.num_timesteps)
-        model.set_random_seed(seed)
-        model._last_obs = None  # SB3 then resets the environment
         before = model.num_timesteps
         callbacks: list[BaseCallback] = [progress] if callback is None else [progress, callback]
         try:
-            model.learn(rollouts * self.rollout, callbacks, reset_num_timesteps=False)
+            learn_part(model, rollouts * self.rollout, callbacks, seed)
             progress.check()
         except ValueError as e:
             if "of distribution" in str(e):  # torch's check of the actions' distribution
@@ -122,30 +127,20 @@ class Session:
         """Writes the checkpoint: tensors, and plain data beside them."""
         if self.job.checkpoint is None:
             return
-        path = Path(self.job.checkpoint)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_name(path.name + ".new")
-        about = {"job": self._identity, "steps": self.steps, "curve": self.curve, "state": dict(state)}
-        save_file({k: v.detach().contiguous().cpu().clone() for k, v in tensors.items()}, new,
-                  {"lacer": json.dumps(about)})
-        with new.open("rb") as f:
-            os.fsync(f.fileno())
-        os.replace(new, path)
+        write_state(Path(self.job.checkpoint), self._identity, tensors,
+                    {"steps": self.steps, "curve": self.curve, "state": dict(state)})
 
     def restore(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Tensors and data of the checkpoint; None if there is none of this training, or a damaged one: the training
         then begins anew."""
-        if self.job.checkpoint is None or not Path(self.job.checkpoint).is_file():
+        kept = None if self.job.checkpoint is None else read_state(Path(self.job.checkpoint), self._identity)
+        if kept is None:
             return None
+        tensors, about = kept
         try:
-            with safe_open(self.job.checkpoint, "pt") as f:
-                about = json.loads(f.metadata()["lacer"])
-                tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a dict)
-            if about["job"] != self._identity:
-                return None
             self.steps, self.curve = int(about["steps"]), [(int(n), float(r)) for n, r in about["curve"]]
             return tensors, dict(about["state"])
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError):
             return None
 
     def result(self, objective: float | None, found: dict[str, Any], parameters: int = 0) -> Evaluation:
@@ -329,30 +324,6 @@ class Alphas(Part):
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         self._kept = dict(tensors)
-
-
-def pack(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same under ``PREFIX/NAME``."""
-    return {f"{prefix}/{k}": v for k, v in tensors.items()}
-
-
-def unpack(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Inverse of :func:`pack`."""
-    return {k[len(prefix) + 1:]: v for k, v in tensors.items() if k.startswith(f"{prefix}/")}
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state of an optimiser by ``NUMBER OF PARAMETER/NAME``."""
-    return {f"{i}/{k}": v for i, s in optimizer.state_dict()["state"].items() for k, v in s.items()}
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Takes what :func:`optimizer_tensors` gave."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        i, name = key.split("/")
-        state.setdefault(int(i), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def parameters(module: nn.Module) -> int:

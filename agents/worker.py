@@ -99,10 +99,49 @@ def _prepare(request: Job) -> None:
 
 
 def kill_group(pid: int) -> None:
-    """Kills a process and everything in its process group."""
+    """Kills a process, everything in its process group, and its descendants, also those in sessions of their own."""
+    family = descendants(pid)
     for kill in (os.killpg, os.kill):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             kill(pid, signal.SIGKILL)
+    for other in family:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(other, signal.SIGKILL)
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes below a process; none where the system does not say."""
+    return [p for child in _children(pid) for p in (child, *descendants(child))]
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for path in Path(f"/proc/{pid}/task").glob("*/children"):
+            found += map(int, path.read_text().split())
+    return found
+
+
+def _adopt_orphans() -> None:
+    """What a run leaves behind becomes a child of this process, which can then end it."""
+    if sys.platform == "linux":
+        pr_set_child_subreaper = 36
+        ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1)
+
+
+def _end_orphans() -> None:
+    """Ends what a run has left behind, such as a simulator in a session of its own. Only between two runs."""
+    end = time.monotonic() + 5  # what hangs in the kernel cannot be ended
+    while (family := descendants(os.getpid())) and time.monotonic() < end:
+        for pid in family:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return
+        time.sleep(0.01)
 
 
 def _exit_of(pid: int) -> list[int]:
@@ -120,9 +159,7 @@ def memory_of(pid: int) -> float:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):
                 total += int(line.split()[1]) / 1e6
-        for children in Path(f"/proc/{pid}/task").glob("*/children"):
-            total += sum(memory_of(int(c)) for c in children.read_text().split())
-    return total
+    return total + sum(map(memory_of, _children(pid)))
 
 
 def _import_everything() -> None:
@@ -140,6 +177,7 @@ def _import_everything() -> None:
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides
+    _adopt_orphans()
     channel = Channel()
     if sys.argv[1:] != ["calls"]:
         _die_with_parent()  # nobody looks at the input for seconds
@@ -152,6 +190,7 @@ def main() -> None:
     def end(reason: str) -> None:
         kill_group(child)
         os.waitpid(child, 0)
+        _end_orphans()
         channel.send({"key": key, "evaluation": Evaluation.failure(reason, seed).model_dump(mode="json")})
 
     while True:
@@ -159,6 +198,7 @@ def main() -> None:
             pid, status = os.waitpid(child, os.WNOHANG)
             if pid:
                 kill_group(child)  # environment processes that outlived it
+                _end_orphans()
                 if not os.WIFEXITED(status) or os.WEXITSTATUS(status):
                     how = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit {status >> 8}"
                     failure = Evaluation.failure(f"the run's process was killed ({how})", seed)
@@ -194,6 +234,7 @@ def main() -> None:
         if not data:
             if child:
                 kill_group(child)
+            _end_orphans()
             return
         buffer += data
 

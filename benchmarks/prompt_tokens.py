@@ -21,6 +21,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from lacer.agents import Cost, Evaluation
+from lacer.agents.probes import MEANING
 from lacer.envs import task_card
 from lacer.search.designers.base import designer_class
 from lacer.search.llm import LLMConfig, Reply
@@ -51,7 +52,7 @@ def made_up(n: int, by: str) -> Study:
             error = "camera.cnn.width = 48 is not in this search space; options: 32, 64"
             study.reject(Proposal(None, by, rejected=error))
         score = float(rng.normal(17, 2))
-        probes = {p: {"effective_rank": rng.random(), "linear_probe": rng.random(), "redundancy": rng.random(),
+        probes = {p: {**{name: rng.random() for name in MEANING},
                       **{f"linear_probe/{s}": rng.random() for s in SPACE.card.state_names},
                       **{f"redundancy/{q}": rng.random() for q in SPACE.card.sources}} for p in parts}
         study.finish(t.number, Evaluation(

@@ -56,7 +56,7 @@ def main(sizes: list[int], last: int = 200) -> None:
     evaluation = Evaluation(
         mean_return=1.0, returns=rng.random(20).tolist(), metrics={"speed": rng.random(20).tolist()},
         episode_seeds=list(range(20)), curve=[(i * 256, float(rng.random())) for i in range(40)],
-        probes={f"source {i}": {"effective_rank": 0.5, "linear_probe": 0.5} for i in range(6)},
+        probes={f"source {i}": {f"probe {k}": float(rng.random()) for k in range(40)} for i in range(6)},
         cost=Cost(env_steps=10_000))
     spent = 0.0
 

@@ -131,6 +131,8 @@ class InputScale(nn.Module):
         self.register_buffer("bounded", torch.as_tensor(bounded), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.modality == "image":  # in place: a minibatch of images is the largest thing in memory
+            return x.to(self.factor.dtype, copy=True).mul_(self.factor)
         x = x.to(self.shift.dtype)
         scaled = torch.addcmul(self.shift, x, self.factor)
         if not self.all_bounded:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import threading
 import zlib
 from collections.abc import Sequence
 from functools import lru_cache
@@ -133,11 +134,21 @@ def _text_model(name: str) -> TextModel:
     return HashingModel() if name == "hash" else SentenceTransformerModel(name)
 
 
-class TextTable:
-    """Strings by index, and their frozen embeddings, computed once per distinct string."""
+_EMBEDDING = threading.Lock()  # a rollout may go on while the parameters are updated
 
-    def __init__(self, model: str = MINILM, strings: Sequence[str] = ()) -> None:
-        self.model_name = model
+
+class TextTable:
+    """Strings by index, and their frozen embeddings, computed once per distinct string.
+
+    Args:
+        model: name of the text model; see :func:`text_model`.
+        strings: the first ones.
+        singly: each string is embedded by itself: an embedding then does not depend, in its last bits, on the strings
+            that came with it.
+    """
+
+    def __init__(self, model: str = MINILM, strings: Sequence[str] = (), *, singly: bool = False) -> None:
+        self.model_name, self._singly = model, singly
         self.strings: list[str] = []
         self._index: dict[str, int] = {}
         self._sentence: Tensor | None = None
@@ -160,12 +171,15 @@ class TextTable:
         return i
 
     def _embed(self) -> None:
-        done = 0 if self._sentence is None else len(self._sentence)
-        if done < len(self.strings):
-            new = text_model(self.model_name).embed(self.strings[done:])
-            old = (self._sentence, self._tokens, self._mask)
-            self._sentence, self._tokens, self._mask = (
-                n if o is None else torch.cat([o, n]) for o, n in zip(old, new, strict=True))
+        with _EMBEDDING:
+            done = 0 if self._sentence is None else len(self._sentence)
+            while done < len(self.strings):
+                end = done + 1 if self._singly else len(self.strings)
+                new = text_model(self.model_name).embed(self.strings[done:end])
+                old = (self._sentence, self._tokens, self._mask)
+                self._sentence, self._tokens, self._mask = (
+                    n if o is None else torch.cat([o, n]) for o, n in zip(old, new, strict=True))
+                done = end
 
     def sentence(self, index: Tensor) -> Tensor:
         """(B,) indices -> (B, dim)."""

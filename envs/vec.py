@@ -12,6 +12,7 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 from lacer.envs.errors import LacerError
 from lacer.envs.registration import make
@@ -62,6 +63,25 @@ class SeededEpisodes(gym.Wrapper):
         return obs, reward, terminated, truncated, {**info, "episode_seed": self._seed}
 
 
+class _InProcess(DummyVecEnv):
+    """SB3's environments in this process; observations and infos are copied once, not deeply."""
+
+    def step_wait(self) -> VecEnvStepReturn:
+        for i, env in enumerate(self.envs):
+            obs, self.buf_rews[i], terminated, truncated, info = env.step(self.actions[i])
+            self.buf_dones[i] = terminated or truncated
+            info["TimeLimit.truncated"] = truncated and not terminated
+            if self.buf_dones[i]:
+                info["terminal_observation"] = obs
+                obs, self.reset_infos[i] = env.reset()
+            self.buf_infos[i] = info
+            self._save_obs(i, obs)
+        return self._obs_from_buf(), self.buf_rews.copy(), self.buf_dones.copy(), list(self.buf_infos)
+
+    def _obs_from_buf(self) -> dict[str, np.ndarray]:
+        return {key: buffer.copy() for key, buffer in self.buf_obs.items()}
+
+
 def make_one(env_id: str, kwargs: dict[str, Any], seeds: Sequence[int] | None = None) -> gym.Env:
     """One environment as vectorised ones hold it: numeric observations, SB3's Monitor, given seeds if any."""
     env: gym.Env = TextAsBytes(make(env_id, **kwargs))
@@ -105,7 +125,7 @@ def make_vec(
         default = "spawn" if sys.platform == "win32" else "forkserver"
         venv: VecEnv = SubprocVecEnv(fns, start_method=start_method or default)
     else:
-        venv = DummyVecEnv(fns)
+        venv = _InProcess(fns)
     if seed is not None:
         venv.seed(seed)
     return venv

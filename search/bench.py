@@ -331,8 +331,8 @@ def bench(config: BenchConfig, folder: str | Path, *, quiet: bool = False) -> Re
 
     Every run is kept in ``parts/``; more seeds or designers may be asked for later. Writes ``results`` (Parquet, or
     gzip'd CSV where pyarrow is missing), ``curves.csv``, ``quantiles.csv``, ``pairwise.csv``, ``summary.md``,
-    ``summary.json``, where matplotlib is installed ``curves.png``, and ``llm/DESIGNER-SEED/`` with the transcript of
-    every run that asked a language model.
+    ``summary.json``, ``curves.png``, and ``llm/DESIGNER-SEED/`` with the transcript of every run that asked a language
+    model.
 
     Raises:
         LacerError: wrong input, before anything is run; the folder holds another comparison.

@@ -33,8 +33,7 @@ def write(result: Result) -> None:
     pd.DataFrame(pairs).to_csv(folder / "pairwise.csv", index=False)
     write_whole(folder / "summary.md", summary(result))
     write_whole(folder / "summary.json", json.dumps(figures(result), indent=1) + "\n")
-    if importlib.util.find_spec("matplotlib"):
-        picture(result)
+    picture(result)
 
 
 def figures(result: Result) -> dict[str, Any]:
@@ -72,19 +71,19 @@ def summary(result: Result) -> str:
             r = curves[(curves["designer"] == name) & (curves["evaluation"] == p)].iloc[0]
             cells.append(f"{_num(r['mean'])} [{_num(r['low'])}, {_num(r['high'])}]")
         rows.append(cells)
-    lines += _table(["designer", *(f"after {p}" for p in result.checkpoints)], rows)
+    lines += markdown_table(["designer", *(f"after {p}" for p in result.checkpoints)], rows)
     reached = result.quantile_table
     if len(reached):
         lines += ["", "Evaluations needed to reach the best part of the table: median over seeds (share that reached "
                       "it).", ""]
-        lines += _table(["designer", *(_part(q) for q in result.quantiles)], [
+        lines += markdown_table(["designer", *(_part(q) for q in result.quantiles)], [
             [n, *(f"{_times(r['median'])} ({r['share']:.0%})" for _, r in reached[reached["designer"] == n].iterrows())]
             for n in result.names])
     for p in result.checkpoints[-1:]:
         pairs = result.pairs[p]
         if pairs:
             lines += ["", f"After {p} evaluations, pairs of designers (Mann-Whitney test, corrected by Holm):", ""]
-            lines += _table(["pair", "difference [95 %]", "P(first is better)", "p", "says"], [
+            lines += markdown_table(["pair", "difference [95 %]", "P(first is better)", "p", "says"], [
                 [f"{x.a} – {x.b}", f"{_num(x.difference)} [{_num(x.low)}, {_num(x.high)}]", f"{x.improvement:.2f}",
                  f"{x.p:.2g}", f"{x.better} is better" if x.better else "cannot be told apart"] for x in pairs])
     early = {n: sum(len(r.ncode) < c.budget for r in result.runs if r.designer == n) for n in result.names}
@@ -113,7 +112,7 @@ def _num(x: float) -> str:
     return "–" if not np.isfinite(x) else f"{x:.5g}" if abs(x) < 1e6 else f"{x:.3e}"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+def markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
     """A Markdown table whose columns line up."""
     widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
 

@@ -1,4 +1,4 @@
-"""The command line: ``lacer search | train | evaluate | show | prompt | envs | blocks | designers``."""
+"""The command line: ``lacer search | compare | train | evaluate | watch | export | show | prompt | envs | ...``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import os
 import shlex
 import shutil
+import signal
 import sys
 import warnings
 from argparse import RawDescriptionHelpFormatter
@@ -19,8 +20,18 @@ from pydantic_core import PydanticUndefined
 from rich.console import Console
 
 from lacer.envs import LacerError, did_you_mean, list_envs
-from lacer.search.config import COMMON, BenchConfig, SearchConfig, TableConfig, resumed, validate, validate_as
-from lacer.search.presets import read_yaml
+from lacer.search.config import (
+    COMMON,
+    NESTED,
+    BenchConfig,
+    SearchConfig,
+    TableConfig,
+    merge,
+    resumed,
+    validate,
+    validate_as,
+)
+from lacer.search.presets import presets, read_yaml
 
 EXAMPLES = {
     "search": """examples:
@@ -28,13 +39,32 @@ EXAMPLES = {
   lacer search --env lacer/MixedTraffic-v0 --designer evolution --candidates 20
   lacer search --env lacer/MixedTraffic-v0 --designer lacer --llm openai:MODEL --llm-base-url URL --candidates 50
   lacer search --config my.yaml --protocol.steps 20000 --seed 1
+  lacer search --config full --dry-run        # what it would take: steps, hours, tokens
+  lacer search --config quick --json          # for scripts: one JSON object on standard output
   lacer search --resume runs/20260101-120000-MixedTraffic-v0-evolution""",
+    "compare": """examples:
+  lacer compare quick
+  lacer compare quick --designers random,darts --base.max-env-steps 40000 --seeds 0,1,2,3,4,5
+  lacer compare configs/comparisons/llm.yaml --base.llm openai:MODEL --dry-run
+  lacer compare --resume comparisons/20260101-120000-quick
+  lacer compare runs/random-1 runs/random-2 runs/evolution-1 runs/evolution-2
+  lacer compare old=runs/before-* new=runs/after-* --allow version""",
+    "watch": """examples:
+  lacer watch runs/R
+  lacer watch comparisons/C
+  lacer watch postgresql+psycopg://user@host/database --study-name R""",
+    "export": """examples:
+  lacer export runs/R --out trials.csv
+  lacer export runs/R --out trials.parquet
+  lacer export comparisons/C --curves --out curves.csv.gz
+  lacer export runs/R | head""",
     "train": """examples:
   lacer train --encoder runs/R/best/encoder.json --env lacer/MixedTraffic-v0 --steps 200000
   lacer train --encoder my_encoder.json --config quick --steps 50000 --out agents/mine""",
     "evaluate": """examples:
   lacer evaluate runs/R/best --episodes 20
-  lacer evaluate runs/R/best --episodes 50 --seed 7 --json""",
+  lacer evaluate runs/R/best --episodes 50 --seed 7 --json
+  lacer evaluate runs/R/best --episodes 1 --video traffic.mp4""",
     "show": """examples:
   lacer show runs/R/best
   lacer show my_encoder.json --env lacer/KnownSources-v0 --out picture.svg""",
@@ -51,6 +81,9 @@ EXAMPLES = {
     "prompt": """examples:
   lacer prompt runs/R 7
   lacer prompt runs/R 7 | less""",
+    "sync": """examples:
+  lacer sync runs/R
+  WANDB_BASE_URL=https://wandb.example.org lacer sync runs/R""",
     "envs": """examples:
   lacer envs
   lacer envs CartPole-v1
@@ -60,10 +93,6 @@ EXAMPLES = {
   lacer blocks gru
   lacer blocks set:attention""",
 }
-
-
-NESTED = ("protocol", "ppo", "limits")
-"""Fields of the configuration that are models of their own."""
 
 
 class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -129,11 +158,11 @@ def _given(args: Namespace, skip: tuple[str, ...]) -> dict[str, Any]:
     return prune({k: v for k, v in args.as_dict().items() if k not in skip})
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    out = dict(base)
-    for k, v in over.items():
-        out[k] = _merge(out[k], v) if k in NESTED and isinstance(out.get(k), dict) else v
-    return out
+def _add_dry_run(p: _Parser) -> None:
+    p.add_argument("--dry-run", dest="dry_run", action="store_true", help="check everything, train for 1,000 steps to "
+                   "measure the speed, and print the plan: candidates, steps, hours, tokens")
+    p.add_argument("--measured-steps", dest="measured_steps", type=int, default=1000, metavar="N", help="steps that "
+                   "--dry-run measures; 0: none, and no hours (default: 1000)")
 
 
 def _parser() -> _Parser:
@@ -153,7 +182,40 @@ def _parser() -> _Parser:
     p.add_argument("--resume", default=None, metavar="RUN", help="go on with a run folder")
     p.add_argument("--out", default=None, metavar="FOLDER", help="run folder (default: runs/<date-time-env-designer>)")
     p.add_argument("--quiet", action="store_true", help="print nothing but the result")
+    p.add_argument("--json", action="store_true", help="print the result as one JSON object; progress goes to "
+                   "standard error")
+    _add_dry_run(p)
     _add_fields(p, SearchConfig)
+
+    p = command("compare", "compare designers over seeds and environments, or finished runs")
+    p.add_argument("what", nargs="*", metavar="FILE|RUN", help="one YAML file or preset (quick, paper, llm) to run; or "
+                   "finished run folders, comparisons' folders, and LABEL=FOLDER or LABEL='PATTERN' for groups")
+    p.add_argument("--resume", default=None, metavar="FOLDER", help="go on with a comparison")
+    p.add_argument("--out", default=None, metavar="FOLDER", help="folder to write (default: "
+                   "comparisons/<date-time-name>)")
+    p.add_argument("--quiet", action="store_true", help="print nothing but the result")
+    p.add_argument("--json", action="store_true", help="print the figures as one JSON object")
+    p.add_argument("--seeds", default=None, metavar="N,N", help="seeds in place of the file's")
+    p.add_argument("--designers", default=None, metavar="A,B", help="labels of the file, or designers, to compare")
+    p.add_argument("--envs", default=None, metavar="A,B", help="labels of the file's environments, or environment ids")
+    p.add_argument("--levels", default=None, metavar="X,Y", help="scores that designers are to reach (default: the "
+                   "expert's, and the best tenth and hundredth of all candidates)")
+    p.add_argument("--allow", default=None, metavar="WORD,WORD", help="with runs: what may differ between them: env, "
+                   "protocol, budget, space, version")
+    _add_dry_run(p)
+    _add_fields(p, SearchConfig, "base.")
+
+    p = command("watch", "follow a search or a comparison that another process runs, until it ends")
+    p.add_argument("run", metavar="RUN|URL", help="run folder, comparison's folder, or storage URL")
+    p.add_argument("--study-name", dest="study_name", default=None, metavar="NAME", help="with a URL: the study, if "
+                   "there are several")
+    p.add_argument("--interval", type=float, default=1.0, metavar="X", help="seconds between two looks (default: 1)")
+
+    p = command("export", "write all trials of a run or a comparison as CSV or Parquet")
+    p.add_argument("run", metavar="RUN", help="run folder, or comparison's folder")
+    p.add_argument("--out", default=None, metavar="FILE", help=".csv, .csv.gz or .parquet (default: CSV on standard "
+                   "output)")
+    p.add_argument("--curves", action="store_true", help="the learning curves in place of the trials")
 
     p = command("train", "train one encoder with PPO and save the agent")
     p.add_argument("--encoder", required=True, metavar="FILE", help="encoder.json, or an agent folder")
@@ -174,6 +236,8 @@ def _parser() -> _Parser:
     p.add_argument("--env-kwargs", dest="env_kwargs", type=dict | None, default=None, metavar="JSON",
                    help="environment arguments that differ from the training")
     p.add_argument("--json", action="store_true", help="print JSON")
+    p.add_argument("--video", default=None, metavar="FILE", help="also record the first episode, with the texts that "
+                   "the agent reads and what its actions depend on, as .mp4 (needs lacer[video]) or .gif")
 
     p = command("show", "show an encoder: its modules with shapes, parameters and FLOPs, and a picture")
     p.add_argument("encoder", metavar="FILE", help="encoder.json, or an agent folder")
@@ -187,6 +251,9 @@ def _parser() -> _Parser:
     p = command("prompt", "show what the language model saw and said for a trial of a search")
     p.add_argument("run", metavar="RUN", help="run folder, e.g. runs/R")
     p.add_argument("number", type=int, metavar="N", help="number of the trial, as in #N")
+
+    p = command("sync", "upload what a search logged offline to Weights & Biases")
+    p.add_argument("run", metavar="RUN", help="run folder, e.g. runs/R")
 
     p = command("envs", "list environments, or show one: its sources, actions and objective")
     p.add_argument("env", nargs="?", default=None, metavar="ID", help="environment id; any that Gymnasium knows")
@@ -226,11 +293,15 @@ def main(argv: list[str] | None = None) -> None:
     if os.getcwd() not in sys.path:  # for module:Id in the working folder; last, so that it shadows nothing
         sys.path.append(os.getcwd())
     try:
-        {"search": _search, "train": _train, "evaluate": _evaluate, "show": _show, "prompt": _prompt, "envs": _envs,
-         "blocks": _blocks, "designers": _designers, "bench": _bench,
-         "bench-make": _bench_make}[args.command](args[args.command])
+        {"search": _search, "compare": _compare, "train": _train, "evaluate": _evaluate, "watch": _watch,
+         "export": _export, "sync": _sync, "show": _show, "prompt": _prompt, "envs": _envs, "blocks": _blocks,
+         "designers": _designers, "bench": _bench, "bench-make": _bench_make}[args.command](args[args.command])
+        sys.stdout.flush()
     except LacerError as e:
         fail(str(e))
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at exit goes nowhere
+        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         sys.stderr.flush()
         sys.stdout.flush()
@@ -238,28 +309,168 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _search(a: Namespace) -> None:
-    from lacer.search.loop import search, summary
+    from lacer.search.loop import plan, search, summary
     from lacer.search.progress import candidate_table
 
-    given = _given(a, ("config", "resume", "out", "quiet"))
+    given = _given(a, ("config", "resume", "out", "quiet", "json", "dry_run", "measured_steps"))
     if a.resume is not None:
         if a.config is not None:
             raise LacerError("--config and --resume exclude each other: a run keeps its own configuration")
+        if a.dry_run:
+            raise LacerError("--dry-run and --resume exclude each other")
         result = search(resume=a.resume, out=a.out, quiet=a.quiet, **given)
     else:
         base = read_yaml(a.config) if a.config is not None else {}
         if a.config is not None:
             validate(base, a.config)  # names the file if a key of it is wrong
-        merged = _merge(base, given)
-        validate(merged, "--")  # what is wrong now was given as an option
+        merged = merge(base, given)
+        config = validate(merged, "--")  # what is wrong now was given as an option
+        if a.dry_run:
+            made = plan(config)
+            return _dry_run([(made.designer, made)], a)
         result = search(out=a.out, quiet=a.quiet, **merged)
-    console = Console(highlight=False)
-    console.print()
-    # Wide enough for all sources also where the output is a file; a terminal keeps its own width.
-    (console if console.is_terminal else Console(width=160, highlight=False)).print(candidate_table(result.outcome))
-    print("\n" + summary(result))
+    if a.json:
+        print(json.dumps(result.outcome.figures() | {"folder": str(result.folder), "report": str(result.report)}))
+    else:
+        console = Console(highlight=False)
+        console.print()
+        # Wide enough for all sources also where the output is a file; a terminal keeps its own width.
+        wide = console if console.is_terminal else Console(width=160, highlight=False)
+        wide.print(candidate_table(result.outcome))
+        print("\n" + summary(result))
     if result.outcome.winner is None:
         sys.exit(1)
+
+
+def _dry_run(plans: list[tuple[str, Any]], a: Namespace) -> None:
+    """Prints what some searches would take; the speed is measured once for each environment."""
+    from lacer.search.estimate import Speed, describe, figures, measure
+
+    if a.measured_steps < 0:
+        raise LacerError(f"--measured-steps must be at least 0, not {a.measured_steps}")
+    known: dict[str, Speed | None] = {}
+    speeds = []
+    for _, plan in plans:
+        c = plan.config
+        key = json.dumps([c.env, c.env_kwargs, c.protocol.model_dump()], default=str)
+        if key not in known:
+            if a.measured_steps and not a.quiet:
+                print(f"Measuring {a.measured_steps:,} steps of {c.env} ...", file=sys.stderr)
+            known[key] = measure(plan, a.measured_steps) if a.measured_steps else None
+        speeds.append(known[key])
+    print(json.dumps(figures(plans, speeds)) if a.json else describe(plans, speeds))
+
+
+def _compare(a: Namespace) -> None:
+    from lacer.search.compare import compare_runs, default_folder, find_runs, plan_comparison, run_comparison
+    from lacer.search.compare_report import PAGE, figures, statements
+
+    over = a.as_dict()
+    base = _given(a, tuple(k for k in over if k != "base")).get("base", {})
+    levels = _numbers(a.levels, "--levels", float)
+    if a.resume is None and a.what and not _names_a_file(a.what):
+        wrong = [f"--{k.replace('_', '-')}" for k in ("seeds", "designers", "envs") if over[k] is not None]
+        wrong += ["--base"] if base else []
+        wrong += ["--dry-run"] if a.dry_run else []
+        if wrong:
+            raise LacerError(f"{wrong[0]} is for a comparison that is to be run; {a.what[0]} is a folder")
+        folder = Path(a.out) if a.out else default_folder("runs")
+        allow = [w.strip() for w in (a.allow or "").split(",") if w.strip()]
+        result = compare_runs(find_runs(a.what), folder, allow=allow, levels=levels)
+    else:
+        if a.allow is not None:
+            raise LacerError("--allow is for finished runs; the searches of a comparison are alike")
+        config, folder = _comparison(a, base, levels)
+        if a.dry_run:
+            planned = plan_comparison(config)
+            return _dry_run([(s.name, p) for s, p in zip(planned.searches, planned.plans, strict=True)], a)
+        result = run_comparison(config, folder, resume=a.resume is not None, quiet=a.quiet)
+    if a.json:
+        print(json.dumps(figures(result) | {"folder": str(folder), "page": str(folder / PAGE)}, allow_nan=False))
+        return
+    ranking = result.ranking
+    for env in result.envs:
+        rows = ranking[ranking["environment"] == env]
+        o = result.objectives[env]
+        score = f"{'best' if result.plain else 'final'} {o.metric.replace('_', ' ')} {o.unit}".rstrip()
+        print(f"\n{env}{': ' if env else ''}{score}, interquartile mean over seeds [95 % bootstrap interval]")
+        width = max(len(str(n)) for n in rows["designer"]) if len(rows) else 0
+        for r in rows.itertuples():
+            print(f"  {r.designer:{width}}  {r.iqm:.4g} [{r.low:.4g}, {r.high:.4g}]  {r.seeds} seeds")
+    print("\n" + "\n".join(statements(result)))
+    for note in result.notes:
+        print(note)
+    print(f"\nPage: {folder / PAGE}")
+
+
+def _names_a_file(words: list[str]) -> bool:
+    """Whether a comparison is to be run, not runs compared. Raises LacerError for several files."""
+    files = [w for w in words if not Path(w).is_dir() and "=" not in w and not (len(words) > 1 and "/" in w
+                                                                              and not w.endswith((".yaml", ".yml")))]
+    if files and len(words) > 1:
+        raise LacerError(f"{files[0]} is no run folder. Give either one comparison's file, or finished runs")
+    return bool(files)
+
+
+def _comparison(a: Namespace, base: dict[str, Any], levels: list[float]) -> tuple[Any, Path]:
+    """The configuration of a comparison and its folder. Raises LacerError."""
+    from lacer.search.compare import ComparisonConfig, default_folder, read_comparison
+    from lacer.search.designers.base import designer_class
+
+    if (a.resume is None) == (not a.what):
+        raise LacerError("give either a comparison's file, a preset, finished runs, or --resume FOLDER"
+                         f" (presets: {', '.join(presets('comparisons'))})")
+    if a.resume is not None:
+        if a.out is not None:
+            raise LacerError("--out and --resume exclude each other: a comparison stays in its folder")
+        data, folder, where = read_comparison(Path(a.resume)).model_dump(mode="json"), Path(a.resume), a.resume
+    else:
+        where = a.what[0]
+        data = read_yaml(where, "comparisons", "comparison")
+        validate_as(ComparisonConfig, data, where)
+        folder = Path(a.out) if a.out else default_folder(Path(where).name.split(".")[0])
+    data = {**data, "base": merge(data.get("base", {}), base)}
+    if a.seeds is not None:
+        data["seeds"] = _numbers(a.seeds, "--seeds", int)
+    if levels:
+        data["levels"] = levels
+    if a.designers is not None:
+        names = [n.strip() for n in a.designers.split(",") if n.strip()]
+        for n in names:
+            if n not in data["designers"]:
+                designer_class(n)
+        data["designers"] = {n: data["designers"].get(n, {"designer": n}) for n in names}
+    if a.envs is not None:
+        known = data.get("envs") or {}
+        data["envs"] = {n.split("/")[-1]: known.get(n, {"env": n}) for n in map(str.strip, a.envs.split(",")) if n}
+    return validate_as(ComparisonConfig, data, str(where)), folder
+
+
+def _numbers(text: str | None, option: str, kind: type) -> list[Any]:
+    try:
+        return [kind(x) for x in (text or "").split(",") if x.strip()]
+    except ValueError:
+        raise LacerError(f"{option} {text!r}: numbers, separated by commas") from None
+
+
+def _watch(a: Namespace) -> None:
+    from lacer.search.watch import watch
+
+    if not 0.05 <= a.interval <= 3600:
+        raise LacerError(f"--interval must lie between 0.05 and 3600 seconds, not {a.interval:g}")
+    if not watch(a.run, lambda text: print(text, flush=True), study_name=a.study_name, interval=a.interval):
+        sys.exit(1)
+
+
+def _export(a: Namespace) -> None:
+    from lacer.search.export import check_file, export
+
+    check_file(a.out)
+    table = export(Path(a.run), None if a.out is None else Path(a.out), curves=a.curves)
+    if a.out is None:
+        table.to_csv(sys.stdout, index=False)
+    else:
+        print(f"{len(table):,} rows: {a.out}")
 
 
 def _train(a: Namespace) -> None:
@@ -271,7 +482,7 @@ def _train(a: Namespace) -> None:
     from lacer.search.progress import Display
 
     over = {k: a[k] for k in ("env", "env_kwargs") if a[k] is not None}
-    config = validate(_merge(read_yaml(a.config) if a.config else {}, over), a.config or "train")
+    config = validate(merge(read_yaml(a.config) if a.config else {}, over), a.config or "train")
     for name, value in (("--steps", a.steps), ("--episodes", a.episodes)):
         if value < 1:
             raise LacerError(f"{name} must be at least 1, not {value}")
@@ -303,18 +514,29 @@ def _evaluate(a: Namespace) -> None:
     from lacer.agents import load
     from lacer.agents.ppo import evaluate
     from lacer.agents.stats import mean_interval
+    from lacer.agents.video import can_render, check_video, play, write_video
 
     if a.episodes < 1:
         raise LacerError(f"--episodes must be at least 1, not {a.episodes}")
+    if a.video is not None:
+        check_video(Path(a.video))
     agent = load(a.agent, a.env_kwargs)
     r = agent.request
     kwargs = {**r.env_kwargs, **r.eval_env_kwargs, **(a.env_kwargs or {})}
+    if a.video is not None and not can_render(r.env, kwargs):
+        raise LacerError(f"{r.env} cannot be rendered: it has no render mode rgb_array, so there is no video of it")
     protocol = r.protocol.model_copy(update={"eval_episodes": a.episodes, "eval_seed": a.seed})
     episodes = evaluate(agent.policy, agent.card, agent.table, r.env, kwargs, protocol)
     rows = {"return": episodes.returns, **episodes.metrics}
     stats = {k: mean_interval(v) for k, v in rows.items()}
+    importance: dict[str, float] = {}
+    if a.video is not None:
+        episode = play(agent, seed=a.seed, env_kwargs=a.env_kwargs)
+        write_video(Path(a.video), agent, episode)
+        importance = {k: float(v.mean()) for k, v in episode.importance.items()}
     if a.json:
-        print(json.dumps({"agent": str(a.agent), "episodes": a.episodes, "seed": a.seed,
+        shown = {} if a.video is None else {"video": a.video, "importance": importance}
+        print(json.dumps({"agent": str(a.agent), "episodes": a.episodes, "seed": a.seed, **shown,
                           "metrics": {k: dict(zip(("mean", "iqm", "low", "high"), v, strict=True))
                                       for k, v in stats.items()}}))
         return
@@ -322,6 +544,9 @@ def _evaluate(a: Namespace) -> None:
     print(f"{r.env}, {a.episodes} episodes from seed {a.seed}: mean, interquartile mean, 95 % bootstrap interval")
     for k, (mean, iqm, low, high) in stats.items():
         print(f"  {k:24} {mean:10.3f} {iqm:10.3f}  [{low:.3f}, {high:.3f}] {unit.get(k, '')}")
+    if a.video is not None:
+        print(f"Video: {a.video} (seed {a.seed}). Change of its actions when a source shows another moment, nats:")
+        print("  " + ", ".join(f"{k} {v:.2f}" for k, v in sorted(importance.items(), key=lambda x: -x[1])))
 
 
 def _list(rows: dict[str, str]) -> None:
@@ -362,13 +587,19 @@ def _show(a: Namespace) -> None:
         raise LacerError(f"--depth must be at least 0, not {a.depth}")
     check_picture(a.out)
     default = str(SearchConfig.model_fields["env"].default)
-    show(*encoder_and_task(a.encoder, a.env, a.env_kwargs, default), a.depth, a.out)
+    show(*encoder_and_task(a.encoder, a.env, a.env_kwargs, default), a.depth, a.out, Path(a.encoder))
 
 
 def _prompt(a: Namespace) -> None:
     from lacer.search.llm.shown import conversation
 
     print(conversation(Path(a.run), a.number))
+
+
+def _sync(a: Namespace) -> None:
+    from lacer.search.wandb_sync import sync
+
+    print(sync(Path(a.run)))
 
 
 def _designers(_: Namespace) -> None:
@@ -405,7 +636,7 @@ def _bench_make(a: Namespace) -> None:
         base = read_yaml(a.config, "bench", "table's configuration") if a.config is not None else {}
         if a.config is not None:
             validate_as(TableConfig, base, a.config)
-        config = validate_as(TableConfig, _merge(base, given), "--")
+        config = validate_as(TableConfig, merge(base, given), "--")
         name = config.env.split("/")[-1].split(":")[-1]
         folder = Path(a.out) if a.out else Path("bench") / f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
     print(make_table(config, folder, resume=a.resume is not None, quiet=a.quiet))

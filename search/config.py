@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -117,6 +118,13 @@ class SearchConfig(LLMFields):
     wandb: Literal["auto", "online", "offline", "off"] = Field(
         "auto", description="Weights & Biases; auto: online if logged in, else offline")
     wandb_project: str = Field("lacer", description="Weights & Biases project")
+    wandb_runs: Literal["search", "candidate"] = Field(
+        "search", description="one W&B run for the search, or one for each candidate too, whose configuration holds "
+                              "its decisions")
+    wandb_group: str | None = Field(None, description="W&B group, e.g. the comparison that the search belongs to; "
+                                                      "default: the run folder's name")
+    video: bool = Field(True, description="record an episode of the winner in best/, where the environment can be "
+                                          "rendered")
 
 
 COMMON = {"env", "env_kwargs", "eval_env_kwargs", "seed", "workers", "protocol", "timeout", "memory", "executor",
@@ -163,10 +171,21 @@ class BenchConfig(LLMFields):
 
 Config = TypeVar("Config", bound=BaseModel)
 
+NESTED = ("protocol", "ppo", "limits", "base")
+"""Fields of configurations that are models of their own."""
+
 RESUMABLE = {"candidates", "workers", "timeout", "memory", "max_env_steps", "max_seconds", "max_tokens", "executor",
              "ray_address", "cpus_per_candidate", "gpus_per_candidate", "storage", "ahead", "batch", "wandb",
-             "wandb_project", "seeds", *LLMFields.model_fields}
+             "wandb_project", "wandb_runs", "wandb_group", "video", "seeds", *LLMFields.model_fields}
 """Fields that may be changed when a search is resumed; results before and after stay comparable."""
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain data of a configuration with some of its fields changed; nested ones field by field."""
+    out = dict(base)
+    for k, v in over.items():
+        out[k] = merge(out[k], v) if k in NESTED and isinstance(out.get(k), dict) and isinstance(v, dict) else v
+    return out
 
 
 def validate(data: dict[str, Any], where: str) -> SearchConfig:

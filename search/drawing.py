@@ -477,6 +477,37 @@ def progress_plot(dots: Sequence[Dot], winner: int | None, minimize: bool, label
     return f.svg(label)
 
 
+def scatter_plot(points: Sequence[tuple[int, float, float]], x_label: str, y_label: str, winner: int | None) -> str:
+    """Candidates (number, x, y) with the diagonal, on which x and y are equal."""
+    both = limits([v for _, x, y in points for v in (x, y)])
+    f = Frame(both, both, 360)
+    f.grid_y()
+    f.grid_x(x_label)
+    f.add(f'<text x="{f.left + 6}" y="{f.top + 4}">{esc(_fit(y_label, 200))} that came out</text>')
+    f.add(f'<path class="zero" d="M{f.px(both[0])} {f.py(both[0])}L{f.px(both[1])} {f.py(both[1])}"/>')
+    for n, x, y in points:
+        f.add(f'<a href="#trial-{n}"><circle class="{"winner" if n == winner else "other"} mean" cx="{f.px(x)}" '
+              f'cy="{f.py(y)}" r="{5 if n == winner else 3.5}"/><title>#{n}: {esc(x_label)} {number(x)}, '
+              f"{esc(y_label)} {number(y)}</title></a>")
+    return f.svg(f"{y_label} against {x_label}")
+
+
+def bars_plot(values: Mapping[str, float], label: str) -> str:
+    """Shares from 0 to 1 as horizontal bars with their names."""
+    left, row, width = 150, 26, 480
+    top = max([*values.values(), 1e-9])
+    out = []
+    for i, (name, v) in enumerate(values.items()):
+        y = 8 + row * i
+        w = (width - left - 56) * max(0.0, v) / top
+        out.append(f'<text class="value" x="{left - 10}" y="{y + 14}" text-anchor="end">'
+                   f"{esc(_fit(name, left - 14))}</text>"
+                   f'<rect class="bar-mark" x="{left}" y="{y + 3}" width="{max(1.0, w):.1f}" height="15" rx="3"/>'
+                   f'<text class="value" x="{left + w + 8:.1f}" y="{y + 14}">{v:.0%}</text>')
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" class="plot" viewBox="0 0 {width} {16 + row * len(values)}" '
+            f'role="img" aria-label="{esc(label)}">{"".join(out)}</svg>')
+
+
 def curves_plot(curves: Mapping[str, Sequence[tuple[float, float]]], highlight: Mapping[str, str],
                 label: str, *, height: int = 300, links: bool = True) -> str:
     """Learning curves by name; ``highlight`` gives a CSS class to those that are drawn on top, in colour."""
@@ -518,7 +549,9 @@ class Column:
 
 
 def heat_map(columns: Sequence[Column], rows: Mapping[str, str], label: str) -> str:
-    """Values from 0 to 1 by row and candidate; ``rows`` maps names to a CSS class. Blank: no value."""
+    """Values from 0 to 1, or to the largest above that, by row and candidate; ``rows`` maps names to a CSS class.
+    Blank: no value."""
+    top = max([1.0, *(v for c in columns for v in c.values.values() if v is not None and math.isfinite(v))])
     left, size = 88, 24
     step = max(6.0, min(46.0, 1000 / max(1, len(columns))))
     width, bottom = left + step * len(columns) + 4, size * len(rows) + 6
@@ -534,7 +567,7 @@ def heat_map(columns: Sequence[Column], rows: Mapping[str, str], label: str) -> 
             if v is None or not math.isfinite(v):
                 cells.append(f'<path class="blank" d="M{x + step / 2 - 1.5:.1f} {i * size + 12}h3"/>')
                 continue
-            level = min(1.0, max(0.0, v))
+            level = max(0.0, v) / top
             tooltip = esc(_fit(f"{c.title}, {name}", 900))
             cells.append(f'<rect class="cell" x="{x:.1f}" y="{i * size + 1}" width="{step - 1:.1f}" '
                          f'height="{size - 2}" fill-opacity="{0.05 + 0.95 * level:.2f}"><title>{tooltip}: '

@@ -11,12 +11,14 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -37,15 +39,16 @@ from lacer.search.designers.base import Designer, check_options, designer_class,
 from lacer.search.designers.spark import rates
 from lacer.search.designers.training import TrainingDesigner
 from lacer.search.engine import MAX_REJECTIONS, Budget, Engine, Listener
-from lacer.search.executors import Event, Executor, InProcess, ProcessPool
+from lacer.search.executors import Event, Executor, InProcess, ProcessPool, clean_environment
 from lacer.search.files import read_json, write_config, write_whole
 from lacer.search.outcome import EXPERT, NOOP, WINNER, Outcome, describe_usage, total_usage
 from lacer.search.progress import Display, clock, result_line
 from lacer.search.space import EncoderSpace, Point, SearchSpace, load_space, read_space
 from lacer.search.storage import check_server, has_password, sqlite_url, study_names, without_password
 from lacer.search.study import Proposal, StoredStudy, Trial
-from lacer.search.tracking import TensorBoard, WandB, wandb_mode
+from lacer.search.tracking import Media, TensorBoard, Totals, Tracker
 from lacer.search.trainer import Trainer
+from lacer.search.wandb_tracker import WandB, wandb_mode
 
 if TYPE_CHECKING:
     from lacer.search.plain import PointResult
@@ -230,11 +233,21 @@ def search(env: str | None = None, *, objective: Callable[[Point], Any] | None =
         raise LacerError("space= as a SearchSpace needs objective=, the function to search with; for an environment "
                          "give options by decision")
     if resume is not None:
-        return _search(resumed(SearchConfig, Path(resume), options), Path(resume), quiet, fresh=False)
-    return _search(validate(options, "search()"), None if out is None else Path(out), quiet, fresh=True)
+        return run_search(resumed(SearchConfig, Path(resume), options), Path(resume), quiet, fresh=False)
+    return run_search(validate(options, "search()"), None if out is None else Path(out), quiet, fresh=True)
 
 
-def _search(config: SearchConfig, folder: Path | None, quiet: bool, fresh: bool) -> SearchResult:
+@dataclass(frozen=True)
+class Shared:
+    """What several searches, one after the other, have in common; whoever made it closes it."""
+
+    executor: Executor
+    display: Display
+
+
+def run_search(config: SearchConfig, folder: Path | None, quiet: bool, fresh: bool,
+               shared: Shared | None = None) -> SearchResult:
+    """:func:`search` of an environment with a checked configuration."""
     if isinstance(config.space, str):  # its content is kept with the run: a file may change before the run is resumed
         config = config.model_copy(update={"space": read_space(config.space)})
     if config.deterministic:  # how many results a proposal knows depends on it
@@ -263,7 +276,7 @@ def _search(config: SearchConfig, folder: Path | None, quiet: bool, fresh: bool)
         folder.mkdir(parents=True, exist_ok=not fresh)
         with only_driver(folder), sigterm_as_interrupt():
             study = _open_study(checked, folder, fresh)
-            return _Driver(checked, designer, study, folder, quiet).run()
+            return _Driver(checked, designer, study, folder, quiet, shared).run()
     except OSError as e:
         raise LacerError(f"cannot write the run folder {folder}: {e.strerror or e}") from None
 
@@ -307,12 +320,28 @@ def _open_study(plan: Plan, folder: Path, fresh: bool) -> StoredStudy:
 @contextlib.contextmanager
 def only_driver(folder: Path) -> Iterator[None]:
     with (folder / "driver.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LacerError(f"another process is working on {folder}; one driver at a time. To use more machines, let "
-                             "it use more workers: --executor ray") from None
+        for last in (False, True):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if last:
+                    raise LacerError(f"another process is working on {folder}; one driver at a time. To use more "
+                                     "machines, let it use more workers: --executor ray") from None
+                time.sleep(0.2)  # `lacer watch` looks at the lock for a moment
         yield
+
+
+def is_driven(folder: Path) -> bool:
+    """Whether a process of this machine is working on a run folder."""
+    try:
+        with (folder / "driver.lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 @contextlib.contextmanager
@@ -371,12 +400,15 @@ def run_request(config: SearchConfig, spec: EncoderSpec | None, protocol: Protoc
 
 
 class _Driver(Listener):
-    def __init__(self, plan: Plan, designer: Designer, study: StoredStudy, folder: Path, quiet: bool) -> None:
+    def __init__(self, plan: Plan, designer: Designer, study: StoredStudy, folder: Path, quiet: bool,
+                 shared: Shared | None = None) -> None:
         self.plan, self.card, self.designer, self.study, self.folder = plan, plan.card, designer, study, folder
         self.config = plan.config
         if plan.config.storage is not None:  # what is shown and logged from here on
             self.config = plan.config.model_copy(update={"storage": without_password(plan.config.storage)})
-        self.display = Display(plan.card, plan.total_steps, quiet, live=not asks_a_person(plan.config))
+        self.shared = shared
+        self.display = shared.display if shared is not None else Display(
+            plan.card, plan.total_steps, quiet, live=not asks_a_person(plan.config))
         if isinstance(designer, TrainingDesigner) and designer.trainer is not None:
             designer.trainer.listener = self._trained
         self.start = time.monotonic()
@@ -398,12 +430,11 @@ class _Driver(Listener):
             say(f"Designer: {self.plan.designer} " + ("" if c.llm else "(no LLM given)"))
         if c.storage is not None and has_password(str(self.plan.config.storage)):
             say("The password in --storage is not kept; give it again to resume, or use PGPASSWORD or ~/.pgpass.")
-        executor = make_executor(c, self.folder / "workers.log")
-        self.trackers: list[TensorBoard | WandB] = [TensorBoard(self.folder / "events")]
+        executor = self.shared.executor if self.shared is not None else make_executor(c, self.folder / "workers.log")
+        self.trackers: list[Tracker] = []
         try:
-            wandb = self._wandb()
-            if wandb is not None:
-                self.trackers.append(wandb)
+            self.study.begin(self.before)
+            self._start_trackers()
             self.ended = self._engine(executor).run()
             if self.ended:
                 say(f"The search ends: {self.ended}.")
@@ -412,27 +443,35 @@ class _Driver(Listener):
             from lacer.search.report import write_report
 
             write_report(outcome, self.folder / "report.html", expert=self.plan.space.to_spec(self.plan.expert))
-            if wandb is not None:
-                wandb.finish(outcome)
+            media = self._media() if self.trackers else Media()
+            self._track(lambda tracker: tracker.finish(outcome, self.folder, media))
             self._close(0, 60)
+            self.study.end(self.ended)
         except KeyboardInterrupt:
-            executor.close()
-            self.display.close()
-            self._close(255, 0.5)
-            say(f"Stopped. Nothing finished is lost. To go on: lacer search --resume {shlex.quote(str(self.folder))}")
+            self._release(executor)
+            self._close(255, 1)
+            if self.shared is None:
+                say(f"Stopped. Nothing finished is lost. To go on: lacer search --resume "
+                    f"{shlex.quote(str(self.folder))}")
             raise
         except LacerError as e:  # the study cannot be written, or the LLM's key is wrong
-            self._close(1, 0.5)
+            self._close(1, 1)
+            if self.shared is not None:
+                raise
             raise LacerError(f"{e}\nNothing finished is lost. To go on: lacer search --resume "
                              f"{shlex.quote(str(self.folder))}") from e
         finally:
             self.designer.close()
             with contextlib.suppress(LacerError):  # it has been reported if the study cannot be written
                 self.study.set_attr("seconds", self.seconds)
-            executor.close()
-            self.display.close()
+            self._release(executor)
             self.study.close()
         return SearchResult(self.folder, outcome)
+
+    def _release(self, executor: Executor) -> None:
+        if self.shared is None:
+            executor.close()
+            self.display.close()
 
     def _engine(self, executor: Executor) -> Engine:
         c = self.config
@@ -453,7 +492,8 @@ class _Driver(Listener):
 
     def _job(self, trial: Trial, repeat: int) -> RunRequest:
         assert trial.spec is not None
-        return self._request(trial.spec, self.config.protocol, self.config.seed + REPEAT_SEEDS * repeat)
+        return self._request(trial.spec, self.config.protocol, self.config.seed + REPEAT_SEEDS * repeat,
+                             f"{trial.number}-{repeat}")
 
     def _why_not(self, proposal: Proposal) -> str:
         assert proposal.point is not None
@@ -463,9 +503,13 @@ class _Driver(Listener):
             return str(e)
         return ""
 
-    def _request(self, spec: EncoderSpec | None, protocol: Protocol, seed: int,
+    def _request(self, spec: EncoderSpec | None, protocol: Protocol, seed: int, name: str,
                  save_to: Path | None = None) -> RunRequest:
-        return run_request(self.config, spec, protocol, seed, save_to)
+        request = run_request(self.config, spec, protocol, seed, save_to)
+        if not protocol.checkpoint_every:
+            return request
+        path = self.folder.resolve() / "checkpoints" / f"{name}.safetensors"
+        return request.model_copy(update={"checkpoint": str(path)})
 
     def rejected(self, trial: Trial) -> None:
         self.display.say(f"        #{trial.number} rejected ({trial.proposal.designer}): {trial.reason[:160]}")
@@ -501,11 +545,8 @@ class _Driver(Listener):
         name = o.metric.replace("_", " ")
         self.display.headline(f"candidate {done} of {self.config.candidates} done" + (
             f", best {name} so far {best.objective:.3f} {o.unit} (#{best.number})" if best else ""))
-        for tracker in list(self.trackers):
-            try:
-                tracker.trial(trial, o.metric, best.objective if best else None)
-            except Exception as e:  # a tracker never stops a search
-                self._drop(tracker, e)
+        totals = Totals(best.objective if best else None, sum(t.env_steps for t in self.study.trials), self.seconds)
+        self._track(partial(_tell, trial=trial, totals=totals))
         if self.seconds - self._saved > 30:  # after kill -9 the budget of wall time still holds
             self._saved = self.seconds
             self.study.set_attr("seconds", self.seconds)
@@ -522,17 +563,18 @@ class _Driver(Listener):
             finals.pop(WINNER, None)
             self.study.set_attr("final_trial", best.number)
         protocol = c.protocol.model_copy(update={"steps": c.final_steps, "eval_episodes": c.final_episodes,
-                                                 "eval_seed": c.protocol.eval_seed + FINAL_SEEDS})
+                                                 "eval_seed": c.protocol.eval_seed + FINAL_SEEDS,
+                                                 "stop_rank": None, "stop_dead": None})
         expert_won = best.ncode == self.plan.space.to_ncode(self.plan.expert)
         fresh = self.folder / "best.new"
         jobs: dict[str, RunRequest] = {}
         if WINNER not in finals or not (self.folder / "best").is_dir():
             shutil.rmtree(fresh, ignore_errors=True)
-            jobs[WINNER] = self._request(best.spec, protocol, c.seed + 1, fresh)
+            jobs[WINNER] = self._request(best.spec, protocol, c.seed + 1, WINNER, fresh)
         if EXPERT not in finals and not expert_won:
-            jobs[EXPERT] = self._request(self.plan.space.to_spec(self.plan.expert), protocol, c.seed + 1)
+            jobs[EXPERT] = self._request(self.plan.space.to_spec(self.plan.expert), protocol, c.seed + 1, EXPERT)
         if NOOP not in finals:
-            jobs[NOOP] = self._request(None, protocol, c.seed + 1)
+            jobs[NOOP] = self._request(None, protocol, c.seed + 1, NOOP)
         if jobs:
             who = f"the winner #{best.number}" + (" and the expert's encoder" if EXPERT in jobs else "")
             self.display.say(f"Training {who} with {c.final_steps:,} steps; {c.final_episodes} evaluation episodes on "
@@ -565,6 +607,8 @@ class _Driver(Listener):
 
     def outcome(self, finals: dict[str, Evaluation]) -> Outcome:
         """Everything found so far."""
+        from lacer.search.llm.shown import exchanges  # which needs this module
+
         best = self.study.best
         provenance = read_json(self.folder / "versions.json")
         return Outcome(
@@ -572,32 +616,85 @@ class _Driver(Listener):
             config=self.config.model_dump(mode="json"),
             versions={**provenance["packages"], "platform": provenance["platform"], "git": provenance["git"] or "none"},
             command=f"lacer search --config {shlex.quote(str(self.folder / 'config.yaml'))} --out NEW_FOLDER",
-            seconds=self.seconds, usage=total_usage(self.study.trials) | rates(self.study))
+            seconds=self.seconds, usage=total_usage(self.study.trials) | rates(self.study),
+            prompts=exchanges(self.folder, self.study.trials))
 
-    def _wandb(self) -> WandB | None:
-        mode = wandb_mode(self.config.wandb)
-        if mode == "off":
-            return None
-        run_id = self.study.get_attr("wandb_id") or uuid.uuid4().hex[:12]
-        self.study.set_attr("wandb_id", run_id)
-        try:
-            return WandB(self.folder, mode, self.config.wandb_project, run_id, self.folder.name,
-                         self.config.model_dump(mode="json"), self.plan.designer)
-        except Exception as e:  # no disk, no network, a broken installation: the search goes on without W&B
-            self.display.say(f"W&B is off: {type(e).__name__}: {str(e)[:200]}")
-            return None
+    # -- trackers -----------------------------------------------------------------------------------------------------
 
-    def _drop(self, tracker: TensorBoard | WandB, error: Exception) -> None:
-        self.trackers.remove(tracker)
-        self.display.say(f"{type(tracker).__name__} is off: {type(error).__name__}: {str(error)[:200]}")
+    def _start_trackers(self) -> None:
+        """Starts TensorBoard and W&B, and tells them what earlier sessions have found."""
+        c, metric = self.config, self.card.objective.metric
+        mode = wandb_mode(c.wandb)
+        run_id = self.study.get_attr("wandb_id")
+        if mode != "off" and run_id is None:
+            run_id = uuid.uuid4().hex[:12]
+            self.study.set_attr("wandb_id", run_id)
+        starts: list[Callable[[], Tracker]] = [lambda: TensorBoard(self.folder / "events", metric)]
+        if mode != "off":
+            starts.append(lambda: WandB(
+                self.folder, mode, runs=c.wandb_runs, project=c.wandb_project, group=c.wandb_group or self.folder.name,
+                name=self.folder.name, run_id=run_id, config=c.model_dump(mode="json"), designer=self.plan.designer,
+                metric=metric, say=self.display.say))
+        for start in starts:
+            try:
+                self.trackers.append(start())
+            except Exception as e:  # no disk, a broken installation: the search goes on without
+                self.display.say(f"{'W&B' if self.trackers else 'TensorBoard'} is off: {type(e).__name__}: "
+                                 f"{str(e)[:200]}")
+        steps, values = 0, []
+        for t in self.study.trials:
+            steps += t.env_steps
+            values += [] if t.objective is None else [t.objective]
+            if t.evaluation is not None:
+                totals = Totals(max(values, key=self.card.objective.signed, default=None), steps)
+                self._track(partial(_tell, trial=t, totals=totals))
+
+    def _track(self, call: Callable[[Tracker], None]) -> None:
+        """Calls every tracker; one that fails is left out from then on: none stops a search."""
+        for tracker in list(self.trackers):
+            try:
+                call(tracker)
+            except Exception as e:
+                self.trackers.remove(tracker)
+                self.display.say(f"{type(tracker).__name__} is off: {type(e).__name__}: {str(e)[:200]}")
 
     def _close(self, exit_code: int, timeout: float) -> None:
-        for tracker in self.trackers:
-            if isinstance(tracker, WandB):
-                tracker.close(exit_code, timeout)
-            else:
-                tracker.close()
+        self._track(lambda tracker: tracker.close(exit_code, timeout))
         self.trackers = []
+
+    def _media(self) -> Media:
+        """Records the winner in a process of its own, where its environment can be rendered; a search has no less to
+        show without."""
+        best = self.folder / "best"
+        if not self.config.video or not best.is_dir():
+            return Media()
+        from lacer.agents.video import can_render, check_video
+
+        kwargs = {**self.config.env_kwargs, **self.config.eval_env_kwargs}
+        try:
+            if not can_render(self.config.env, kwargs):
+                return Media()
+            video = best / "video.mp4"
+            try:
+                check_video(video)
+            except LacerError:  # without the extra
+                video = best / "video.gif"
+            job = {"agent": str(best), "video": str(video), "frames": str(best / "frames"),
+                   "seed": self.config.protocol.eval_seed + FINAL_SEEDS}
+            done = subprocess.run([sys.executable, "-P", "-m", "lacer.agents.video", json.dumps(job)],
+                                  env=clean_environment(), capture_output=True, text=True, timeout=600, check=False)
+            if done.returncode:
+                raise LacerError((done.stderr.strip().splitlines() or ["it was killed"])[-1])
+            frames = json.loads(done.stdout.splitlines()[-1])["frames"]
+        except (LacerError, OSError, ValueError, subprocess.TimeoutExpired) as e:
+            self.display.say(f"No video of the winner: {str(e)[:300]}")
+            return Media()
+        self.display.say(f"Video of the winner: {video}")
+        return Media(video, {source: tuple(map(Path, paths)) for source, paths in frames.items()})
+
+
+def _tell(tracker: Tracker, trial: Trial, totals: Totals) -> None:
+    tracker.trial(trial, totals)
 
 
 def summary(result: SearchResult) -> str:

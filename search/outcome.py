@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,8 @@ class Outcome:
         seconds: wall time so far.
         usage: what the LLM took, as :attr:`Trial.usage` names it, summed by :func:`total_usage`, and the rates of
             SPARK's edits; empty without an LLM.
+        prompts: what a language model was asked for a trial and what it replied, by the trial's number: pairs of a
+            title (step and role) and a text.
     """
 
     card: TaskCard
@@ -42,11 +45,27 @@ class Outcome:
     command: str
     seconds: float
     usage: Mapping[str, float] = field(default_factory=dict)
+    prompts: Mapping[int, tuple[tuple[str, str], ...]] = field(default_factory=dict)
 
     def ranked(self) -> list[Trial]:
         """Trials, the best first; those without a result last, by number."""
         sign = self.card.objective.signed
         return sorted(self.trials, key=lambda t: (t.objective is None, -sign(t.objective or 0.0), t.number))
+
+    def figures(self) -> dict[str, Any]:
+        """The result as plain data, for scripts. Scores of ``winner`` chose it; those of ``finals`` did not."""
+        winner = next((t for t in self.trials if t.number == self.winner), None)
+        counts = Counter(t.status for t in self.trials)
+        return {
+            "env": self.card.env_id, "metric": self.card.objective.metric, "unit": self.card.objective.unit,
+            "direction": self.card.objective.direction,
+            "winner": None if winner is None else {
+                "number": winner.number, "designer": winner.proposal.designer, "objective": winner.objective,
+                "encoder": winner.spec.to_dict() if winner.spec else None},
+            "finals": {n: {"status": e.status, "objective": e.objective, "reason": e.reason,
+                           "episodes": e.metrics.get(self.card.objective.metric, [])} for n, e in self.finals.items()},
+            "candidates": {s: counts[s] for s in ("ok", "failed", "pruned", "rejected", "running")},
+            "env_steps": sum(t.env_steps for t in self.trials), "seconds": self.seconds, "usage": dict(self.usage)}
 
 
 def total_usage(trials: Iterable[Trial]) -> dict[str, float]:

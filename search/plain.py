@@ -123,7 +123,11 @@ def _run(study: Study, designer: Any, function: Function, config: SearchConfig, 
         ahead=config.ahead if config.ahead is not None else int(designer.needs_llm), elapsed=before,
         patience=MAX_REJECTIONS, listener=Shown(display))
     try:
+        if isinstance(study, StoredStudy):
+            study.begin(before)
         ended = engine.run()
+        if isinstance(study, StoredStudy):
+            study.end(ended)
     finally:
         executor.close()
         display.close()

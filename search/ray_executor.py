@@ -89,9 +89,10 @@ class RayExecutor(Executor):
         return max(0, min(self._room, self._workers or self._room) - len(self._running))
 
     def submit(self, key: str, job: Job) -> None:
-        if isinstance(job, RunRequest) and job.save_to is not None:  # other nodes do not see this folder
-            self._saving[key] = Path(job.save_to)
-            job = job.model_copy(update={"save_to": None})
+        if isinstance(job, RunRequest):  # other nodes do not see this folder
+            if job.save_to is not None:
+                self._saving[key] = Path(job.save_to)
+            job = job.model_copy(update={"save_to": None, "checkpoint": None})
         kind = "call" if isinstance(job, Call) else "request"
         self._seeds[key] = job.seed
         self._running[key] = self._task.remote(key, kind, job.model_dump(mode="json"), *self._limits, self._mail,

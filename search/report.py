@@ -27,6 +27,7 @@ from lacer.search.drawing import (
     Column,
     Dot,
     Row,
+    bars_plot,
     clean,
     count,
     curves_plot,
@@ -37,7 +38,9 @@ from lacer.search.drawing import (
     heat_map,
     number,
     progress_plot,
+    scatter_plot,
 )
+from lacer.search.insight import ENOUGH, decision_importance, pack_prompts, predictions
 from lacer.search.outcome import EXPERT, NOOP, WINNER, Outcome, describe_usage, paired_difference
 from lacer.search.study import USAGE, Trial
 
@@ -149,6 +152,7 @@ def _context(outcome: Outcome, expert: EncoderSpec | None) -> dict[str, Any]:
     total["own_steps"] = sum(int(t.proposal.meta.get("env_steps") or 0) for t in outcome.trials)
     total["env_steps"] += total["own_steps"]
     seeds = _seeds(outcome)
+    prompts, prompted = pack_prompts(outcome.prompts, [t.number for t in outcome.ranked()])
     return {
         "card": outcome.card, "objective": objective, "headline": headline(outcome),
         "metric": objective.metric.replace("_", " ") + (f" ({objective.unit})" if objective.unit else ""),
@@ -156,7 +160,8 @@ def _context(outcome: Outcome, expert: EncoderSpec | None) -> dict[str, Any]:
         "best": best, "best_json": best.spec.to_json() if best and best.spec else "", "outcome": outcome,
         "finals": _finals(outcome, best), "encoders": _encoders(outcome, best, expert),
         "progress": _progress(outcome, best), "candidates": _candidates(outcome, best),
-        "probes": _probes(outcome, best),
+        "probes": _probes(outcome, best), "decisions": _decisions(outcome), "foreseen": _foreseen(outcome, best),
+        "prompts": prompts, "prompted": prompted, "unprompted": set(outcome.prompts) - prompted,
         "total": total, "tokens": _tokens(outcome), "usage": describe_usage(outcome.usage),
         "config": _yaml(outcome.config), "seeds": seeds,
         "encoder_style": Markup(ENCODER_STYLE), "colours": MODALITY_COLOURS, "meaning": MEANING,
@@ -284,7 +289,7 @@ def _progress(outcome: Outcome, best: Trial | None) -> dict[str, Markup]:
 def _candidates(outcome: Outcome, best: Trial | None) -> list[dict[str, Any]]:
     """Rows of the table with what they open to, the best first."""
     card, by_number = outcome.card, {t.number: t for t in outcome.trials}
-    room = max(500, min(6000, 400_000 // max(1, len(outcome.trials))))
+    room = max(500, min(6000, 300_000 // max(1, len(outcome.trials))))
     values = [t.objective for t in outcome.trials if t.objective is not None]
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     out = []
@@ -301,7 +306,8 @@ def _candidates(outcome: Outcome, best: Trial | None) -> list[dict[str, Any]]:
             "share": 100 * (1 - good if card.objective.direction == "minimize" else good),
             "reason": _cut(t.reason, room), "rationale": _cut(p.rationale, room), "designer": _cut(p.designer, 40),
             "usage": describe_usage(t.usage) if t.usage.get("requests") else "",
-            "meta": [(_cut(k, 40), _cut(v, 200)) for k, v in list(p.meta.items())[:40] if k not in USAGE
+            "meta": [(_cut(k, 40), _cut(number(v, 4) if isinstance(v, float) else v, 200))
+                     for k, v in list(p.meta.items())[:40] if k not in USAGE
                      and (isinstance(v, int | float) or (isinstance(v, str) and 0 < len(v) <= 200))][:8],
             "metrics": {_cut(k, 60): float(np.mean(v)) for k, v in list(e.metrics.items())[:12] if v} if e else {},
             "parent": parent.number if parent else None,
@@ -314,6 +320,42 @@ def _candidates(outcome: Outcome, best: Trial | None) -> list[dict[str, Any]]:
             "json": json.dumps(t.spec.to_dict()) if t.spec else "",
         })
     return out
+
+
+def _decisions(outcome: Outcome) -> dict[str, Any]:
+    """How much each decision mattered, with what that rests on."""
+    done = sum(t.objective is not None for t in outcome.trials)
+    found = decision_importance(outcome.trials)
+    if found is None:
+        return {"svg": "", "note": (f"{_plural(done, 'result')} are too few to tell which decisions mattered; "
+                                    f"{ENOUGH} are needed." if done < ENOUGH else
+                                    "The candidates do not differ enough to tell which decisions mattered.")}
+    options = ", ".join(f"{_name_of(d)} {n}" for d, n in found.options.items())
+    return {"svg": Markup(bars_plot({_name_of(d): v for d, v in found.shares.items()}, "importance of each decision")),
+            "note": f"From {found.trials} results; options that were tried: {options}."
+                    + (" With so few results the order may change." if found.trials < 50 else "")}
+
+
+def _name_of(decision: str) -> str:
+    return decision.removesuffix(".block")
+
+
+def _foreseen(outcome: Outcome, best: Trial | None) -> dict[str, Any] | None:
+    """What the designer expected beside what came out; None if it expected nothing."""
+    found = predictions(outcome.trials)
+    if found is None:
+        return None
+    places = _places(outcome.trials)
+    n = len(found.points)
+    text = (f"{_plural(n, 'prediction')}: off by {number(found.error, places)} on average; outcomes were "
+            f"{number(abs(found.bias), places)} {'above' if found.bias >= 0 else 'below'} what was expected")
+    if found.baseline is not None:
+        text += f"; expecting the mean of the earlier outcomes would have been off by {number(found.baseline, places)}"
+    if found.rank is not None:
+        text += f". Rank correlation (Spearman) {number(found.rank, 2)}"
+    metric = outcome.card.objective.metric.replace("_", " ")
+    return {"text": text + ".", "svg": Markup(scatter_plot(found.points, f"expected {metric}", metric,
+                                                           best.number if best else None))}
 
 
 def _probe_names(e: Evaluation) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -203,8 +204,8 @@ def _inside(cost: ModuleCost, guide: str, depth: int) -> Iterator[tuple[str, Mod
         yield from _inside(c, guide + ("   " if last else "│  "), depth - 1)
 
 
-def show(spec: EncoderSpec, card: TaskCard, text: str, depth: int, out: str | None) -> None:
-    """Prints an encoder and writes its picture."""
+def show(spec: EncoderSpec, card: TaskCard, text: str, depth: int, out: str | None, path: Path | None = None) -> None:
+    """Prints an encoder and writes its picture; says how to get one, and for an agent's folder (``path``) a video."""
     cost = predict(spec, card, text)
     if out is not None:
         write_picture(Path(out), encoder_svg(spec, card, cost=cost, margin=14))
@@ -215,6 +216,16 @@ def show(spec: EncoderSpec, card: TaskCard, text: str, depth: int, out: str | No
     console.print(encoder_table(spec, card, cost, depth))
     if out is not None:
         print(f"\nPicture: {out}")
+    agent = path is not None and (path / "agent.json").is_file()
+    if path is not None and (out is None or agent):
+        place = shlex.quote(str(path))
+        print()
+        if out is None:
+            print(f"As a picture:  lacer show {place} --out encoder.svg")
+        if agent:
+            videos = [p for p in (path / "video.mp4", path / "video.gif") if p.is_file()]
+            print(f"Its video:     {videos[0]}" if videos else
+                  f"As a video:    lacer evaluate {place} --episodes 1 --video agent.gif")
 
 
 def check_picture(out: str | None) -> None:

@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Any, Literal
 
 from optuna.distributions import CategoricalDistribution
@@ -285,6 +286,17 @@ class StoredStudy(Study):
     def set_attr(self, key: str, value: Any) -> None:
         """Stores a JSON value with the study."""
         self.store.set_attr(key, value)
+
+    def begin(self, seconds: float) -> None:
+        """Notes that a search goes on now, after ``seconds`` of earlier sessions: the wall time of a result is counted
+        from there."""
+        now = datetime.now().isoformat()
+        self.set_attr("sessions", [*(self.get_attr("sessions") or []), {"start": now, "seconds": seconds}])
+        self.set_attr("finished", None)
+
+    def end(self, why: str) -> None:
+        """Notes that a search is finished, and why if not all candidates were evaluated."""
+        self.set_attr("finished", {"at": datetime.now().isoformat(), "why": why})
 
     def close(self) -> None:
         """Closes the database."""

@@ -103,6 +103,10 @@ class DesignerConformance:
         return SearchSpace([Decision("kind", ("a", "b", "c")), Decision("size", tuple(range(8)), ("kind", ("b", "c"))),
                             *(Decision(f"d{i}", tuple(range(4))) for i in range(4))])
 
+    def small_space(self) -> SearchSpace:
+        """One with four points, to be exhausted."""
+        return SearchSpace([Decision("a", (1, 2)), Decision("b", (1, 2))])
+
     def test_says_what_it_is(self) -> None:
         cls = designer_class(self.designer)
         assert cls.summary()
@@ -190,7 +194,7 @@ class DesignerConformance:
         assert study.space.to_ncode(p.point) not in codes
 
     def test_an_exhausted_space_still_gets_an_answer(self) -> None:
-        space = SearchSpace([Decision("a", (1, 2)), Decision("b", (1, 2))])
+        space = self.small_space()
         study, designer = Study(space), self.make(0)
         assert len(set(play(designer, study, 4, distance_score(space)))) == 4
         for p in designer.propose(study, 3):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from typing import Any
 
@@ -112,6 +113,41 @@ class Slow(KnownSourcesEnv):
         return super().step(action)
 
 
+class Leaks(Tiny):
+    """Takes 16 MB more in every step, in a process of its own."""
+
+    metadata = {"render_modes": [], "one_per_process": True}  # noqa: RUF012
+
+    def step(self, action: Any) -> tuple[dict, float, bool, bool, dict]:
+        self._kept = [*getattr(self, "_kept", []), np.ones(2_000_000)]
+        time.sleep(0.05)
+        return super().step(action)
+
+
+class Hangs(Tiny):
+    """Its third step never ends, in a process of its own."""
+
+    metadata = {"render_modes": [], "one_per_process": True}  # noqa: RUF012
+
+    def step(self, action: Any) -> tuple[dict, float, bool, bool, dict]:
+        if self._t == 2:
+            time.sleep(3600)
+        return super().step(action)
+
+
+class LeavesProcess(Tiny):
+    """Starts a program in a session of its own and does not end it."""
+
+    def __init__(self, seconds: int = 3607) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def reset(self, **kwargs: Any) -> tuple[dict, dict]:
+        if not hasattr(self, "_program"):
+            self._program = subprocess.Popen(["sleep", str(self.seconds)], start_new_session=True)
+        return super().reset(**kwargs)
+
+
 class NoCard(gym.Env):
     """An ordinary Gymnasium environment."""
 
@@ -126,5 +162,6 @@ class BadConstructor(Tiny):
         raise OSError("no licence for the simulator")
 
 
-for _cls in (Tiny, OnePerProcess, NoMetrics, Raises, RaisesInItsProcess, NotFinite, Slow, NoCard, BadConstructor):
+for _cls in (Tiny, OnePerProcess, NoMetrics, Raises, RaisesInItsProcess, NotFinite, Slow, Leaks, Hangs,
+             LeavesProcess, NoCard, BadConstructor):
     register_env(f"helper/{_cls.__name__}-v0", f"helper_envs:{_cls.__name__}", (_cls.__doc__ or "").split("\n")[0])

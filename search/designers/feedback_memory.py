@@ -43,6 +43,7 @@ class FeedbackMemory(LLMDesigner):
     """
 
     name: ClassVar[str] = "feedback-memory"
+    requests: ClassVar[int] = 2
     paper: ClassVar[str] = "Closed loop with feedback memory, 2603.12091"
 
     def __init__(self, seed: int = 0, *, llm: LLMConfig, run_dir: Path | None = None, batch: int = 1,

@@ -41,6 +41,8 @@ class LLMDesigner(Designer):
     """Sampling temperature unless the user sets one."""
     most: ClassVar[int | None] = 1
     """Largest batch; None: any."""
+    requests: ClassVar[int] = 1
+    """Requests of a turn in which nothing goes wrong."""
 
     def __init__(self, seed: int = 0, *, llm: LLMConfig, run_dir: Path | None = None, batch: int = 1,
                  prompts: str = SETS[0]) -> None:

@@ -50,6 +50,7 @@ class Spark(LLMDesigner):
     """
 
     name: ClassVar[str] = "spark"
+    requests: ClassVar[int] = 3
     paper: ClassVar[str] = "SPARK, 2605.04057"
 
     def __init__(self, seed: int = 0, *, llm: LLMConfig, run_dir: Path | None = None, batch: int = 1,
@@ -206,7 +207,7 @@ def errors(study: Study, designer: str) -> list[tuple[str, int]]:
     """Kinds of failure among the last proposals of a designer, with their numbers."""
     last = [t for t in study.trials if t.proposal.designer == designer][-FAILURES:]
     kinds = Counter(str(t.proposal.meta.get("fault") or "limits") if t.status == "rejected" else "training"
-                    for t in last if t.status in ("rejected", "failed"))
+                    for t in last if t.status in ("rejected", "failed", "pruned"))
     return kinds.most_common()
 
 

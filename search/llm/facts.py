@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lacer.agents import Evaluation
-from lacer.agents.probes import MEANING
+from lacer.agents.probes import MEANING, TOLD
 from lacer.encoders import FUSION, BlockConfig, EncoderSpec, list_blocks
 from lacer.search.llm.words import as_json, name, num, short
 from lacer.search.space import CONDITION, UNUSED
@@ -34,7 +34,7 @@ FEEDBACK = {
     "failures": "failed trainings and rejected proposals with their reasons",
     "averages": "mean score by block",
 }
-"""What a prompt of the designer ``lacer`` may tell, each part by itself."""
+"""What a prompt of the designer ``lacer`` may tell, each part by itself; of the probes, those marked ``told``."""
 
 REDUNDANCY = "redundancy"
 
@@ -176,9 +176,15 @@ def history(study: Study, feedback: Collection[str], detail: int, lines: int, na
         "failed": failed[-limit:] if "failures" in feedback else [], "failed_count": len(failed),
         "rejected": rejected[-limit:] if "failures" in feedback else [], "rejected_count": len(rejected),
         "averages": averages(study, order) if "averages" in feedback and len(order) >= 6 else [],
-        "meaning": MEANING if any(t.evaluation is not None and t.evaluation.probes for t in order) else {},
+        "meaning": _meaning(order),
         "example": example(study, best),
     }
+
+
+def _meaning(trials: Sequence[Trial]) -> dict[str, str]:
+    """What those probes mean that some trial has and that prompts tell of."""
+    taken = {p for t in trials if t.evaluation is not None for values in t.evaluation.probes.values() for p in values}
+    return {p: MEANING[p] for p in TOLD if p in taken}
 
 
 def _line(t: Trial, best: Trial | None, sources: Sequence[str]) -> dict[str, Any]:
@@ -206,7 +212,7 @@ def facts(trial: Trial, study: Study, best: Trial | None = None) -> dict[str, An
     probes: dict[str, dict[str, float]] = {}  # probe -> part -> value
     for part in parts:
         for probe, value in e.probes.get(part, {}).items():
-            if "/" not in probe and probe != REDUNDANCY:
+            if probe in TOLD and probe != REDUNDANCY:
                 probes.setdefault(probe, {})[part] = value
     redundancy = [(part, *max(pairs, key=lambda p: p[1])) for part in parts if (pairs := _single(e, part, REDUNDANCY))]
     return {"t": trial, "e": e, "error": error, "text": shortest(trial, best, list(study.card.sources)),

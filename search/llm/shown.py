@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from lacer.search.llm.reply import clean
 from lacer.search.llm.transcript import TRANSCRIPT
 from lacer.search.loop import study_place
 from lacer.search.storage import trial_attrs
+from lacer.search.study import Trial
 
 
 def conversation(folder: Path, number: int) -> str:
@@ -46,6 +48,30 @@ def conversation(folder: Path, number: int) -> str:
         out.append(f"--- error\n\n{record.get('error')}" if record.get("reply") is None else
                    f"--- reply\n\n{record['reply']}")
     return clean("\n\n".join(out), 10_000_000)
+
+
+def exchanges(folder: Path, trials: Iterable[Trial]) -> dict[int, tuple[tuple[str, str], ...]]:
+    """Prompts and replies of all trials that have some, as titles and texts; what is missing is left out."""
+    path = folder / TRANSCRIPT
+    if not path.is_file():
+        return {}
+    with path.open(encoding="utf-8", errors="replace") as f:
+        lines = f.readlines()
+    out: dict[int, tuple[tuple[str, str], ...]] = {}
+    for t in trials:
+        meta = t.proposal.meta
+        parts: list[tuple[str, str]] = []
+        for step, n in dict(meta.get("calls") or {"request": meta.get("transcript")}).items():
+            try:
+                record = json.loads(lines[int(n) - 1])
+                parts += [(f"{step}: {m['role']}", str(m["content"])) for m in record["messages"]]
+            except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+                continue
+            parts.append((f"{step}: reply", str(record["reply"])) if record.get("reply") is not None else
+                         (f"{step}: error", str(record.get("error"))))
+        if parts:
+            out[t.number] = tuple(parts)
+    return out
 
 
 def _record(path: Path, number: int) -> dict[str, Any]:

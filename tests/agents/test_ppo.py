@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -274,6 +277,42 @@ def test_an_environment_of_another_layout_is_a_clear_error(trained: tuple[Evalua
             load(trained[1], env_kwargs=kwargs)
     assert load(trained[1], env_kwargs={"horizon": 3}).card.env_id == ENV
     assert load(trained[1]).request.env_kwargs == SOURCES
+
+
+def test_an_agent_of_other_versions_that_is_not_understood_says_so(copy: Path) -> None:
+    about = json.loads((copy / "agent.json").read_text())
+    about["evaluation"]["versions"].update({"lacer": "0.0.1", "torch": "1.2"})
+    (copy / "agent.json").write_text(json.dumps(about))
+    assert load(copy).spec, "other versions alone do no harm"
+    other_weights(copy)
+    with pytest.raises(LacerError, match=r"(?s)not fit .*\. It was saved with lacer 0\.0\.1 \(here .*, torch 1\.2 \("):
+        load(copy)
+
+
+def test_an_agent_needs_its_folder_alone(trained: tuple[Evaluation, Path, Any], tmp_path: Path) -> None:
+    """In another process, another working folder, at another place: no path of the training is in it."""
+    moved = Path(shutil.copytree(trained[1], tmp_path / "elsewhere"))
+    for file in ("agent.json", "encoder.json"):
+        assert str(trained[1].parent) not in (moved / file).read_text()
+    script = ("import sys, numpy as np; from lacer.agents import load; from stable_baselines3.common.policies import "
+              "ActorCriticPolicy; a = load('elsewhere'); assert isinstance(a.policy, ActorCriticPolicy); "
+              "print(a.predict({'position': np.full(4, .5, np.float32), 'words': 'Go left, please.', "
+              "'noise': np.zeros(4, np.float32)}).tolist())")
+    done = subprocess.run([sys.executable, "-P", "-c", script], cwd=tmp_path, capture_output=True, text=True,
+                          check=False, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert done.returncode == 0, done.stderr
+    want = load(trained[1]).predict({"position": np.full(4, .5, np.float32), "words": "Go left, please.",
+                                     "noise": np.zeros(4, np.float32)})
+    assert json.loads(done.stdout) == pytest.approx(want.tolist(), abs=1e-6)
+
+
+def test_a_text_model_that_lies_elsewhere(copy: Path) -> None:
+    about = json.loads((copy / "agent.json").read_text())
+    about["request"]["text_model"] = "/nobody/has/this"
+    (copy / "agent.json").write_text(json.dumps(about))
+    with pytest.raises(LacerError, match="cannot load the text model '/nobody/has/this'"):
+        load(copy)
+    assert load(copy, text_model="hash").table.model_name == "hash"
 
 
 def test_loading_a_run_instead_of_its_agent_says_where_it_is(tmp_path: Path) -> None:

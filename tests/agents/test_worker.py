@@ -224,6 +224,75 @@ def test_a_killed_run_is_a_failed_evaluation(pool: ProcessPool) -> None:
     assert worker(pool) == before
 
 
+def bad(env: str, **kwargs: Any) -> RunRequest:
+    return QUICK.model_copy(update={"env": f"helper_envs:helper/{env}-v0", "env_kwargs": kwargs, "encoder": TINY})
+
+
+def failed(pool: ProcessPool, key: str) -> str:
+    """The reason why a run failed; the worker lives on, and all of the run's processes are gone."""
+    before = worker(pool)
+    e = events_until_end(pool, key)[1]
+    assert e.status == "failed"
+    assert e.seed == 5
+    assert e.objective is None
+    assert worker(pool) == before
+    assert gone([p for p in family(before) if p != before], 2)
+    return e.reason
+
+
+def test_a_run_that_takes_too_much_memory_is_killed(pool: ProcessPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "_memory", 1.0)
+    pool.submit("leak", bad("Leaks"))
+    reason = failed(pool, "leak")
+    used = float(reason.split("it used ")[1].split()[0])
+    assert reason == f"out of memory: it used {used:.2f} GB, the limit is 1.00 GB"
+    assert 1 < used < 3, "seen soon"
+
+
+def test_a_run_whose_environment_hangs_is_killed(pool: ProcessPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "_timeout", 3.0)
+    start = time.monotonic()
+    pool.submit("hang", bad("Hangs"))
+    assert failed(pool, "hang") == "time-out"
+    assert 3 <= time.monotonic() - start < 20
+
+
+def test_kill_9_of_an_environments_process(pool: ProcessPool) -> None:
+    pool.submit("env", bad("Hangs"))
+    processes = wait_for(lambda: [p for run_ in children(worker(pool)) for p in children(run_)])
+    os.kill(processes[0], signal.SIGKILL)
+    assert failed(pool, "env") == "an environment's process died; its error is in the log"
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(pool: ProcessPool) -> None:
+    pool.submit("nan", bad("NotFinite"))
+    assert failed(pool, "nan") == "diverged: NaN or infinite loss in an update after 64 steps", "the first update"
+
+
+def sleepers(seconds: int) -> list[int]:
+    wanted = f"sleep\0{seconds}\0".encode()
+    out = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if path.read_bytes() == wanted:
+                out.append(int(path.parent.name))
+        except OSError:
+            continue
+    return out
+
+
+def test_what_an_environment_started_and_left_is_gone_too(pool: ProcessPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a session of its own, whether the run ends by itself or is killed."""
+    pool.submit("left", bad("LeavesProcess", seconds=360123))
+    assert events_until_end(pool, "left")[1].ok
+    assert gone(sleepers(360123), 5)
+    monkeypatch.setattr(pool, "_timeout", 2.0)
+    endless = ENDLESS.protocol
+    pool.submit("left2", bad("LeavesProcess", seconds=360124).model_copy(update={"protocol": endless}))
+    assert failed(pool, "left2") == "time-out"
+    assert not [p for p in sleepers(360124) if alive(p)]
+
+
 def test_a_killed_worker_is_replaced(pool: ProcessPool) -> None:
     before = worker(pool)
     pool.submit("k", ENDLESS)

@@ -37,6 +37,9 @@ def run(args: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, 
     (["search", *ENV, "--env-kwargs", '{"sorces": ["noise"]}'], "does not take these arguments"),
     (["search", *ENV, "--env-kwargs", '{"sources": ["positon"]}'], "did you mean 'position'"),
     (["search", *ENV, "--designer", "evolutoin"], "did you mean 'evolution'"),
+    (["search", *ENV, "--wandb-runs", "both"], "wandb_runs"),
+    (["sync", "runs/nothing"], "runs/nothing is no run"),
+    (["evaluate", "runs/nothing", "--video", "out.avi"], "the name of a video ends in .gif or .mp4"),
     (["search", *ENV, "--candidates", "0"], "--candidates: Input should be greater than or equal to 1"),
     (["search", *ENV, "--candidates", "-5"], "--candidates"),
     (["search", *ENV, "--candidates", "many"], "candidates"),
@@ -61,6 +64,13 @@ def run(args: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, 
     (["search", "--config", "quik"], "did you mean 'quick'"),
     (["search", "--resume", "/does/not/exist"], "is no run"),
     (["search", "--resume", "."], "is no run"),
+    (["search", *ENV, "--dry-run", "--measured-steps", "-1"], "--measured-steps must be at least 0"),
+    (["search", "--resume", "/does/not/exist", "--dry-run"], "--dry-run and --resume exclude each other"),
+    (["watch", "/does/not/exist"], "there is no such folder"),
+    (["watch", "sqlite:////does/not/exist.db"], "there is no study in /does/not/exist.db"),
+    (["watch", ".", "--interval", "0"], "--interval must lie between"),
+    (["export", "/does/not/exist"], "there is no such folder"),
+    (["export", ".", "--out", "x.xlsx"], "must end in .csv, .csv.gz or .parquet"),
     (["evaluate", "/does/not/exist"], "is no agent"),
     (["evaluate", ".", "--episodes", "0"], "--episodes must be at least 1"),
     (["train"], "encoder"),
@@ -141,7 +151,7 @@ def test_lists_have_one_line_each(command: str, expected: str, capsys: pytest.Ca
     assert all(re.match(r"\S+ +\S", line) for line in out.strip().splitlines())
 
 
-@pytest.mark.parametrize("command", ["search", "train", "evaluate"])
+@pytest.mark.parametrize("command", ["search", "compare", "train", "evaluate", "watch", "export", "sync"])
 def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run([command, "--help"], capsys)
     assert code == 0

@@ -15,6 +15,8 @@ import pytest
 
 from lacer.envs import LacerError
 from lacer.search import StoredStudy
+from lacer.search.runs import StudyReader, read_study
+from lacer.search.storage import without_password
 from tests.search.conftest import Lacer, Start
 from tests.search.test_storage import SPACE, fill
 
@@ -109,3 +111,33 @@ def test_kill_9_and_resume(url: str, tiny: Path, start: Start, lacer: Lacer, tmp
         if path.is_file():
             assert PASSWORD.encode() not in path.read_bytes(), path
     assert PASSWORD not in finished.stdout + finished.stderr + again.stderr
+
+
+def test_read_watched_and_compared(url: str, tmp_path: Path, lacer: Lacer) -> None:
+    """What only reads, from another place, and a comparison whose searches share a database."""
+    study = StoredStudy(url, "elsewhere", SPACE, create="yes")
+    study.begin(0.0)
+    fill(study, 4)
+    study.end("")
+    with StudyReader(url, "elsewhere") as reader:
+        run = read_study(reader, "elsewhere", {}, {})
+        assert tuple(t.trial for t in run.trials) == study.trials
+        assert set(reader.states().values()) == {"COMPLETE"}
+    assert (run.finished, run.objective.direction) == (True, "maximize")
+    study.close()
+    watched = lacer("watch", url, "--study-name", "elsewhere")
+    assert watched.returncode == 0, watched.stderr
+    assert "#3 score" in watched.stdout
+    assert watched.stdout.splitlines()[-1].startswith("Finished after")
+    small = ["compare", "quick", "--seeds", "0,1", "--designers", "random", "--base.candidates", 2,
+             "--base.protocol.steps", 256, "--base.final-steps", 256]
+    refused = lacer(*small, "--out", tmp_path / "c", "--base.storage", url)
+    assert "put it into PGPASSWORD" in refused.stderr
+    assert PASSWORD not in refused.stderr
+    hidden = without_password(url)
+    done = lacer(*small, "--out", tmp_path / "c", "--base.storage", hidden, PGPASSWORD=PASSWORD)
+    assert done.returncode == 0, done.stderr
+    assert {"c/random-0", "c/random-1"} <= set(optuna.get_all_study_names(url))
+    exported = lacer("export", tmp_path / "c", PGPASSWORD=PASSWORD)
+    assert len(exported.stdout.splitlines()) == 5
+    assert lacer("watch", tmp_path / "c", PGPASSWORD=PASSWORD).stdout.count("winner #") == 2

@@ -14,7 +14,7 @@ import pytest
 from gymnasium import spaces
 
 from lacer.agents import Cost, Evaluation
-from lacer.agents.probes import MEANING
+from lacer.agents.probes import MEANING, TOLD
 from lacer.envs import LacerError, SourceSpec, TaskCard, task_card
 from lacer.search.designers.base import designer_class
 from lacer.search.designers.lacer import Lacer
@@ -36,7 +36,7 @@ def evaluation(card: TaskCard, score: float, rng: np.random.Generator) -> Evalua
     """As large as that of a real run."""
     metrics = {card.objective.metric: [score - 0.1, score + 0.1]}
     parts = [*card.sources, "fused"]
-    probes = {p: {"effective_rank": rng.random(), "linear_probe": rng.random(),
+    probes = {p: {**{name: rng.random() for name in MEANING},
                   **{f"linear_probe/{v}": rng.random() for v in card.state_names}} for p in parts}
     return Evaluation(objective=score, mean_return=16 * score, metrics=metrics, probes=probes,
                       curve=[(512 * i, rng.random()) for i in range(20)],
@@ -120,7 +120,8 @@ def test_lacer_tells_space_probes_scores_and_failures() -> None:
         assert json.dumps(s.name) in text
         assert s.description.replace("`", "'") in text
     for name, meaning in MEANING.items():
-        assert f"- {name}: {meaning}" in text
+        assert (f"- {name}: {meaning}" in text) == (name in TOLD), "a telling few of the probes"
+        assert (f"    - {name}: " in text) == (name in TOLD and name != "redundancy")
     for piece in ("The expert's encoder", "#0 scored ", " ± 0.1", STORY, "sources.trend.width: too wide",
                   "Being evaluated now", "learning curve", "target_words", "(expected: 0.7)", "left out", "51,234 par",
                   '"channels" [4, 8, 16]', "Mean score by block", "exactly 2 entries", "worse than #", "problem:"):

@@ -20,7 +20,7 @@ from lacer.agents import Cost, Evaluation
 from lacer.agents.probes import MEANING
 from lacer.encoders import EncoderSpec
 from lacer.envs import Objective, TaskCard, task_card
-from lacer.search.drawing import count, encoder_svg, limits, number, tick_labels, ticks
+from lacer.search.drawing import clean, count, encoder_svg, limits, number, tick_labels, ticks
 from lacer.search.outcome import EXPERT, NOOP, WINNER, Outcome
 from lacer.search.report import duration, headline, render_report, write_report
 from lacer.search.space import EncoderSpace
@@ -131,7 +131,8 @@ def test_page_shows_everything(tmp_path: Path) -> None:
     assert best.spec is not None
     for expected in (headline(outcome), CARD.env_id, "Final comparison", "The expert’s encoder", "Learning curves",
                      "diverged: NaN in fusion", "not JSON", "lacer search --env", best.spec.hash, "51,200",
-                     "2000000–2000019", *MEANING.values(), *(t.ncode for t in outcome.trials)):
+                     "2000000–2000019", *(t.ncode for t in outcome.trials),
+                     *(MEANING[p] for p in ("effective_rank", "linear_probe", "redundancy"))):
         assert expected in text, expected
     for t in outcome.trials:
         assert f'id="trial-{t.number}"' in page
@@ -272,8 +273,15 @@ def test_hostile_text_is_inert(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_hundred_candidates_stay_small(tmp_path: Path) -> None:
     outcome = make_outcome(200, failed=6, rejected=6, text="A long story. <\"'&> " * 5000)
-    path = write_report(outcome, tmp_path / "report.html")
+    rng = np.random.default_rng(0)
+    prompts = {t.number: (("request: user", "\n".join(
+        " ".join(f"{word} {rng.random():.4f}" for word in ("attention", "width", "score")) for _ in range(400))),
+        ("request: reply", t.ncode)) for t in outcome.trials}
+    trials = tuple(replace(t, proposal=replace(t.proposal, meta={"expected": rng.random()})) for t in outcome.trials)
+    path = write_report(replace(outcome, trials=trials, prompts=prompts), tmp_path / "report.html")
     assert path.stat().st_size < 5e6
+    assert "Prompt and reply" in path.read_text(encoding="utf-8")
+    assert "left out to keep this page small" in path.read_text(encoding="utf-8"), "these do not repeat themselves"
     assert "more characters in the study" in path.read_text(encoding="utf-8")
 
 
@@ -321,17 +329,45 @@ def test_numbers() -> None:
     assert limits([1, 2, 3, 2, 1, 2, 1e6], whole=False)[1] < 100
 
 
-def browse(url: str, profile: Path) -> tuple[str, str]:
+def browse(url: str, profile: Path, *options: str) -> tuple[str, str]:
     """The DOM of an address after loading it in headless Chromium, and what the browser's console said."""
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     assert chromium, "this test needs Chromium: apt-get install chromium"
     out = subprocess.run(
         [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
          "--disable-background-networking", "--disable-component-update", "--disable-sync",
-         f"--user-data-dir={profile}", "--enable-logging=stderr", "--v=0", "--dump-dom", url],
+         f"--user-data-dir={profile}", *options, "--enable-logging=stderr", "--v=0", "--dump-dom", url],
         capture_output=True, timeout=120, check=True)
     console = [line for line in out.stderr.decode(errors="replace").splitlines() if "CONSOLE" in line]
     return out.stdout.decode(), "\n".join(console)
+
+
+OPENS = """<script>addEventListener("load", async () => {
+  const place = document.querySelector("#trial-0 [data-prompt]");
+  document.querySelector("#trial-0 tr.row").click();
+  place.closest("details").open = true;
+  for (let i = 0; i < 100 && place.children.length < 4; i++) await new Promise((done) => setTimeout(done, 20));
+  document.documentElement.dataset.out = JSON.stringify([[...place.children].map((e) => e.textContent),
+    place.querySelectorAll("img, script").length, performance.getEntriesByType("resource").length]); });</script>"""
+
+
+@pytest.mark.slow
+def test_prompts_in_a_browser(tmp_path: Path) -> None:
+    """They unpack to what was sent, hostile or not, and nothing is loaded."""
+    outcome = make_outcome(4, text=HOSTILE)
+    said = (("request: system", f"Design.\n{HOSTILE}\n"), (HOSTILE, "</template><script>boom()</script>"))
+    page = render_report(replace(outcome, prompts={t.number: said for t in outcome.trials}))
+    assert page.count("<script") == 1
+    page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page) + OPENS
+    path = tmp_path / "report.html"
+    path.write_text(page, encoding="utf-8")
+    dom, console = browse(path.as_uri(), tmp_path / "profile", "--virtual-time-budget=5000")
+    assert console == ""
+    found = re.search(r'data-out="([^"]*)"', dom)
+    assert found
+    texts, elements, loaded = json.loads(html.unescape(found[1]))
+    assert texts == [clean(x) for pair in said for x in pair]
+    assert (elements, loaded) == (0, 0)
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from lacer.search.designers.base import designer_class
 from lacer.search.drawing import encoder_svg
 from lacer.search.engine import Budget, Engine
 from lacer.search.executors import InProcess
-from lacer.search.loop import _Driver, _search, plan
+from lacer.search.loop import _Driver, plan, run_search
 from lacer.search.show import block_page, encoder_table
 from lacer.search.storage import sqlite_url
 from lacer.search.study import StoredStudy
@@ -180,7 +180,7 @@ def test_proposals_beyond_the_limits_are_rejected(designer: str, tmp_path: Path)
 def test_limits_in_the_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = validate({**TINY, "limits": {"parameters": 100}}, "test")
     with pytest.raises(LacerError, match="the expert's encoder, the first candidate, breaks the limits"):
-        _search(config, tmp_path / "run", quiet=True, fresh=True)
+        run_search(config, tmp_path / "run", quiet=True, fresh=True)
     assert not (tmp_path / "run").exists()
     for option, message in (("--limits.flops", "--limits.flops"), ("--limits.parametres", "did you mean")):
         code, _, err = run(["search", *ENV, option, "0"], capsys)

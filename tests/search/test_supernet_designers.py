@@ -25,13 +25,14 @@ from lacer.encoders.supernet import DartsSupernet, SupernetOptions
 from lacer.envs import LacerError, task_card
 from lacer.search import Decision, SearchSpace, search
 from lacer.search.controller import Controller
-from lacer.search.designers.base import check_options, designer_class, designers, make_plain
+from lacer.search.designers.base import Designer, check_options, designer_class, designers, make_plain
 from lacer.search.designers.darts import by_probability
 from lacer.search.designers.pepnas import Individual, Population, crowding, fronts
 from lacer.search.executors import Event, ProcessPool
 from lacer.search.space import EncoderSpace
 from lacer.search.storage import sqlite_url
 from lacer.search.study import Proposal, StoredStudy, Study
+from lacer.search.testing import DesignerConformance
 from lacer.search.trainer import Trainer
 
 TRAINING = [name for name, cls in designers().items() if cls.trains]
@@ -94,6 +95,31 @@ def play(designer: Any, study: Study, n: int, batch: int = 1) -> list[str]:
             out.append(t.ncode)
             study.finish(t.number, Evaluation.failure("NaN") if len(out) % 3 == 0 else Evaluation(objective=1.0))
     return out
+
+
+class TrainingConformance(DesignerConformance):
+    """The contract of all designers, with real trainings; over encoders, since these designers know nothing else."""
+
+    length = 8
+
+    def make(self, seed: int) -> Designer:
+        return make(self.designer, seed)  # type: ignore[no-any-return]
+
+    def spaces(self) -> dict[str, SearchSpace]:
+        return {"narrow": SPACE, "everything": EncoderSpace(CARD), "four": self.small_space()}
+
+    def space(self) -> SearchSpace:
+        return EncoderSpace(CARD, {**NARROW, "*.mlp.width": [16, 32, 64], "*.linear.width": [8, 16, 32],
+                                   "fusion.concat.width": [16, 32, 64]})
+
+    def small_space(self) -> SearchSpace:
+        return EncoderSpace(CARD, {k: v for k, v in NARROW.items() if "film" not in k} | {
+            "position.block": ["mlp"], "*.linear.width": [8], "fusion.block": ["concat"]})
+
+
+for _name in TRAINING:
+    _cls = type(f"Test_{_name}", (TrainingConformance,), {"designer": _name})
+    globals()[_cls.__name__] = pytest.mark.slow(_cls)
 
 
 @pytest.mark.parametrize("name", TRAINING)

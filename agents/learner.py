@@ -1,0 +1,303 @@
+"""PPO as in Stable-Baselines3, without what a run does not need, and with shortcuts that can be switched on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import DictRolloutBufferSamples
+from stable_baselines3.common.utils import obs_as_tensor
+from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lacer.agents.policy import CompositePolicy
+
+T = TypeVar("T")
+
+
+class Diverged(Exception):
+    """Training produced NaN or infinite numbers."""
+
+
+class CompositePPO(PPO):
+    """SB3's PPO, extended at its two hooks, ``collect_rollouts`` and ``train``.
+
+    Without shortcuts every number is that of SB3's own loop: the same operations in the same order, without copies of
+    observations, checks of distributions and figures for a log that nobody reads. It ends at the first loss, gradient
+    or action that is not finite.
+
+    Args:
+        parts: the encoder works on minibatches in so many parts, side by side, in threads of their own, and the parts'
+            gradients are added up: sums are taken in another order. Encoders that draw random numbers or count
+            statistics while they train (dropout, batch normalisation) work on whole minibatches.
+        overlap: the next rollout is played while the parameters are updated, with those from before the update, so the
+            data is one update old (Huang et al. 2023, arXiv 2310.00036, section 3.2). Not for encoders that draw random
+            numbers while they train; those play in turn.
+        others: see SB3's ``PPO``.
+
+    Raises:
+        Diverged: in ``learn``, as soon as a loss, a gradient or an action is not finite.
+    """
+
+    def __init__(self, *args: Any, parts: int = 1, overlap: bool = False, **kwargs: Any) -> None:
+        self.parts, self.overlap = parts, overlap
+        self._plain: bool | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._ahead: Future[list[dict[str, Any]]] | None = None
+        self._actor: ActorCriticPolicy | None = None
+        super().__init__(*args, **kwargs)
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        self._parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        self._spare: RolloutBuffer | None = None
+
+    def learn(self, *args: Any, **kwargs: Any) -> Any:
+        with _unchecked_distributions(), _threads_each(1 if self.parts > 1 else None):
+            try:
+                return super().learn(*args, **kwargs)
+            finally:
+                self._finish()
+
+    # -- rollouts -----------------------------------------------------------------------------------------------------
+
+    def collect_rollouts(self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer,
+                         n_rollout_steps: int) -> bool:
+        if self._ahead is not None:
+            callback.on_rollout_start()
+            steps = self._ahead.result()
+            self._ahead = None
+            self.rollout_buffer, self._spare = cast(RolloutBuffer, self._spare), self.rollout_buffer
+            for step in steps:
+                if not self._count(env, callback, step):
+                    return False
+        else:
+            self._begin(self.policy, env, rollout_buffer)
+            callback.on_rollout_start()
+            for n in range(n_rollout_steps):
+                if not self._step(self.policy, env, rollout_buffer, n, lambda step: self._count(env, callback, step)):
+                    return False
+            self._end(self.policy, rollout_buffer)
+        callback.update_locals(locals())
+        callback.on_rollout_end()
+        if self.overlap and self.num_timesteps < self._total_timesteps and self.plain:
+            self._play_ahead(env, n_rollout_steps)
+        return True
+
+    def _count(self, env: VecEnv, callback: BaseCallback, step: Mapping[str, Any]) -> bool:
+        self.num_timesteps += env.num_envs
+        callback.update_locals({**step, "env": env, "self": self})
+        if not callback.on_step():
+            return False
+        self._update_info_buffer(step["infos"], step["dones"])
+        return True
+
+    def _begin(self, policy: ActorCriticPolicy, env: VecEnv, buffer: RolloutBuffer) -> None:
+        assert self._last_obs is not None
+        policy.set_training_mode(False)
+        buffer.reset()
+        if self.use_sde:
+            policy.reset_noise(env.num_envs)
+
+    def _step(self, policy: ActorCriticPolicy, env: VecEnv, buffer: RolloutBuffer, n_steps: int,
+              tell: Callable[[dict[str, Any]], bool]) -> bool:
+        """One step of all environments. ``tell`` gets what SB3's callbacks see, under SB3's names, and says whether to
+        go on."""
+        if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
+            policy.reset_noise(env.num_envs)
+        with torch.no_grad():
+            drawn, values, log_probs = policy(obs_as_tensor(cast(Any, self._last_obs), self.device))
+        actions = clipped_actions = drawn.cpu().numpy()
+        if not math.isfinite(float(log_probs.sum())):
+            raise Diverged(f"the distribution of the actions is not finite after {self.num_timesteps} steps")
+        if isinstance(self.action_space, spaces.Box):
+            clipped_actions = np.clip(actions, self.action_space.low, self.action_space.high)
+        new_obs, rewards, dones, infos = env.step(clipped_actions)
+        if not tell({"actions": actions, "clipped_actions": clipped_actions, "values": values, "log_probs": log_probs,
+                     "new_obs": new_obs, "rewards": rewards, "dones": dones, "infos": infos, "n_steps": n_steps}):
+            return False
+        for i in np.flatnonzero(dones):  # a truncated episode would have gone on: its value stands for the rest
+            if infos[i].get("TimeLimit.truncated", False) and infos[i].get("terminal_observation") is not None:
+                last = policy.obs_to_tensor(infos[i]["terminal_observation"])[0]
+                with torch.no_grad():
+                    rewards[i] += (self.gamma * policy.predict_values(last)[0]).item()
+        buffer.add(cast(Any, self._last_obs), actions, rewards, cast(Any, self._last_episode_starts), values, log_probs)
+        self._last_obs, self._last_episode_starts = cast(Any, new_obs), dones
+        return True
+
+    def _end(self, policy: ActorCriticPolicy, buffer: RolloutBuffer) -> None:
+        with torch.no_grad():
+            values = policy.predict_values(obs_as_tensor(cast(Any, self._last_obs), self.device))
+        buffer.compute_returns_and_advantage(last_values=values, dones=cast(Any, self._last_episode_starts))
+
+    def _play_ahead(self, env: VecEnv, n_steps: int) -> None:
+        """Starts the next rollout in a thread, with a copy of the policy as it is now."""
+        if self._actor is None:
+            state = torch.get_rng_state()
+            self._actor = cast(ActorCriticPolicy, self.policy_class(
+                self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde,
+                **self.policy_kwargs).to(self.device))
+            torch.set_rng_state(state)
+            self._spare = self.rollout_buffer_class(  # type: ignore[misc]
+                self.n_steps, cast(Any, self.observation_space), self.action_space, device=self.device,
+                gamma=self.gamma, gae_lambda=self.gae_lambda, n_envs=self.n_envs, **self.rollout_buffer_kwargs)
+        actor, buffer = self._actor, cast(RolloutBuffer, self._spare)
+        with torch.no_grad():
+            for mine, theirs in zip(actor.state_dict().values(), self.policy.state_dict().values(), strict=True):
+                mine.copy_(theirs)
+
+        def play() -> list[dict[str, Any]]:
+            steps: list[dict[str, Any]] = []
+
+            def keep(step: dict[str, Any]) -> bool:
+                steps.append({**step, "rewards": step["rewards"].copy(), "new_obs": None})  # the buffer has them
+                return True
+
+            self._begin(actor, env, buffer)
+            for n in range(n_steps):
+                self._step(actor, env, buffer, n, keep)
+            self._end(actor, buffer)
+            return steps
+
+        self._ahead = self._threads(1).submit(play)
+
+    # -- updates ------------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        if self.target_kl is not None or self.clip_range_vf is not None:
+            return super().train()
+        self.policy.set_training_mode(True)
+        optimizer = self.policy.optimizer
+        self._update_learning_rate(optimizer)
+        clip_range = cast(Any, self.clip_range)(self._current_progress_remaining)
+        threads = self.parts if self.parts > 1 and self.device.type == "cpu" and self.plain else 1
+        with _threads_each(self.parts if threads < self.parts else None):
+            for _ in range(self.n_epochs):
+                for batch in self.rollout_buffer.get(self.batch_size):
+                    optimizer.zero_grad()
+                    loss = self._gradient(cast(DictRolloutBufferSamples, batch), clip_range, threads)
+                    norm = nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm)
+                    if not math.isfinite(loss) or not math.isfinite(float(norm)):
+                        what = "gradient" if math.isfinite(loss) else "loss"
+                        raise Diverged(f"NaN or infinite {what} in an update after {self.num_timesteps} steps")
+                    optimizer.step()
+                self._n_updates += 1
+        self.logger.record("train/loss", loss)
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def _gradient(self, batch: DictRolloutBufferSamples, clip_range: float, threads: int) -> float:
+        """Puts PPO's gradient into the parameters' ``grad``; returns the loss."""
+        obs = batch.observations
+        n = len(batch.advantages)
+        if threads == 1 or n < 2 * threads:
+            loss = self._loss(self.policy.extract_features(cast(Any, obs)), batch, clip_range)
+            loss.backward()
+            return loss.item()
+        # The encoder works in parts, the small heads and the loss on the whole minibatch.
+        weights = [p for p in self.policy.features_extractor.parameters() if p.requires_grad]
+        edges = [n * i // threads for i in range(threads + 1)]
+
+        def forward(start: int, end: int) -> Tensor:
+            return cast(Tensor, self.policy.extract_features(cast(Any, {k: v[start:end] for k, v in obs.items()})))
+
+        def backward(part: Tensor, gradient: Tensor) -> tuple[Tensor | None, ...]:
+            return torch.autograd.grad(part, weights, gradient, allow_unused=True)
+
+        parts = self._side_by_side(forward, [(a, b) for a, b in pairwise(edges)])
+        features = torch.cat(parts).detach().requires_grad_()
+        loss = self._loss(features, batch, clip_range)
+        loss.backward()
+        assert features.grad is not None
+        gradients = self._side_by_side(backward, list(zip(parts, features.grad.split([len(p) for p in parts]),
+                                                          strict=True)))
+        for weight, *shares in zip(weights, *gradients, strict=True):
+            for share in shares:
+                if share is not None and weight.grad is None:  # laid out as the weight: Adam's fused kernel asks for it
+                    weight.grad = share if share.stride() == weight.stride() else torch.empty_like(weight).copy_(share)
+                elif share is not None:
+                    weight.grad = cast(Tensor, weight.grad).add_(share)
+        return loss.item()
+
+    def _loss(self, features: Any, batch: DictRolloutBufferSamples, clip_range: float) -> Tensor:
+        """Eq. 9 of Schulman et al. 2017, in the order of SB3's operations."""
+        actions = batch.actions.long().flatten() if isinstance(self.action_space, spaces.Discrete) else batch.actions
+        values, log_prob, entropy = cast(CompositePolicy, self.policy).evaluate_features(features, actions)
+        advantages = batch.advantages
+        if self.normalize_advantage and len(advantages) > 1:
+            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        ratio = torch.exp(log_prob - batch.old_log_prob)
+        gain = torch.min(advantages * ratio, advantages * torch.clamp(ratio, 1 - clip_range, 1 + clip_range))
+        bonus = torch.mean(-log_prob) if entropy is None else torch.mean(entropy)
+        return (-gain.mean() + self.ent_coef * -bonus
+                + self.vf_coef * nn.functional.mse_loss(batch.returns, values.flatten()))
+
+    # -- threads ------------------------------------------------------------------------------------------------------
+
+    @property
+    def plain(self) -> bool:
+        """Whether the network in training is a function of its input alone, row by row: no dropout, no statistics."""
+        if self._plain is None:
+            self._plain = not any(isinstance(m, _BatchNorm) for m in self.policy.modules())
+            if self._plain:
+                obs = obs_as_tensor(cast(Any, self._last_obs), self.device)
+                state = torch.get_rng_state()
+                self.policy.set_training_mode(True)
+                with torch.no_grad():
+                    self.policy.extract_features(cast(Any, obs))
+                self._plain = torch.equal(state, torch.get_rng_state())
+                torch.set_rng_state(state)
+        return self._plain
+
+    def _side_by_side(self, f: Callable[..., T], arguments: list[tuple[Any, ...]]) -> list[T]:
+        """``f`` of each tuple of arguments, the first one in this thread, the others in threads of their own."""
+        others = [self._threads(len(arguments)).submit(f, *a) for a in arguments[1:]]
+        return [f(*arguments[0]), *(o.result() for o in others)]
+
+    def _threads(self, n: int) -> ThreadPoolExecutor:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(n + 1, initializer=torch.set_num_threads, initargs=(1,))
+        return self._pool
+
+    def _finish(self) -> None:
+        if self._ahead is not None:
+            self._ahead.exception()
+            self._ahead = None
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+
+@contextmanager
+def _unchecked_distributions() -> Iterator[None]:
+    """torch checks the parameters and values of every distribution; a sum tells the same."""
+    before = torch.distributions.Distribution._validate_args
+    torch.distributions.Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(before)
+
+
+@contextmanager
+def _threads_each(n: int | None) -> Iterator[None]:
+    """torch works with so many threads meanwhile; None: as it does."""
+    before = torch.get_num_threads()
+    if n is not None:
+        torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        if n is not None:
+            torch.set_num_threads(before)
