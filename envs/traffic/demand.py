@@ -19,11 +19,25 @@ _MIN_HEADWAY = 0.8
 # Krauss (1998) drivers. The slow reaction (actionStepLength 1 s) is what makes a blocked lane costly; with an
 # immediate one an incident hardly matters. LC2013 (Erdmann 2014) changes lanes; drivers who change less for speed
 # alone (lcSpeedGain below SUMO's 1) run into a blocked lane more often, so that telling them early pays.
-_DRIVER = (
-    'carFollowModel="Krauss" accel="1.2" decel="3.5" tau="1.2" minGap="2.5" length="5" actionStepLength="1.0" '
-    'laneChangeModel="LC2013" lcSpeedGain="0.3" maxSpeed="36" speedFactor="normc(1,0.05,0.85,1.15)"'
-)
-VEHICLE_TYPES = f'<vType id="human" {_DRIVER} sigma="0.5"/>\n<vType id="cav" {_DRIVER} sigma="0.3"/>\n'
+_DRIVER: dict[str, str | float] = {
+    "carFollowModel": "Krauss", "accel": 1.2, "decel": 3.5, "tau": 1.2, "minGap": 2.5, "length": 5,
+    "actionStepLength": 1.0, "laneChangeModel": "LC2013", "lcSpeedGain": 0.3, "maxSpeed": 36,
+    "speedFactor": "normc(1,0.05,0.85,1.15)", "sigma": 0.5,
+}
+HUMANS: dict[str, tuple[float, float]] = {
+    "sigma": (0, 1), "accel": (0.1, 10), "decel": (0.1, 15), "tau": (0.1, 10), "minGap": (0, 20),
+    "actionStepLength": (0.1, 5), "lcSpeedGain": (0, 100), "lcCooperative": (0, 1), "lcKeepRight": (0, 100),
+}
+"""SUMO's attributes of human drivers that can be set, with their ranges; ``carFollowModel`` besides."""
+MODELS = ("Krauss", "IDM", "EIDM", "W99")
+"""Car-following models that human drivers can have."""
+
+
+def vehicle_types(humans: Mapping[str, str | float]) -> str:
+    """SUMO's types ``human`` and ``cav``; ``humans`` holds what of the first differs."""
+    types = {"human": {**_DRIVER, **humans}, "cav": {**_DRIVER, "sigma": 0.3}}
+    return "".join(f'<vType id="{name}" ' + " ".join(f'{k}="{v}"' for k, v in driver.items()) + "/>\n"
+                   for name, driver in types.items())
 
 
 @dataclass(frozen=True)
@@ -68,15 +82,16 @@ class Episode:
     order: Order
     sumo_seed: int
 
-    def write_routes(self, path: Path, road: Motorway) -> None:
-        """SUMO's route file, sorted by departure (SUMO drops later rows silently where it is not)."""
+    def write_routes(self, path: Path, road: Motorway, humans: Mapping[str, str | float]) -> None:
+        """SUMO's route file, sorted by departure (SUMO drops later rows silently where it is not); for ``humans`` see
+        :func:`vehicle_types`."""
         rows = [
             f'<vehicle id="{"c" if t.cav else "h"}{"r" if t.ramp else "m"}{i}" type="{"cav" if t.cav else "human"}" '
             f'route="{"ramp" if t.ramp else "main"}" depart="{t.depart:.2f}" departLane="free" departSpeed="max"/>'
             for i, t in enumerate(self.trips)
         ]
         routes = "".join(f'<route id="{n}" edges="{road.route_edges(n == "ramp")}"/>\n' for n in ("main", "ramp"))
-        path.write_text(f"<routes>\n{VEHICLE_TYPES}{routes}" + "\n".join(rows) + "\n</routes>\n")
+        path.write_text(f"<routes>\n{vehicle_types(humans)}{routes}" + "\n".join(rows) + "\n</routes>\n")
 
 
 def arrivals(rng: np.random.Generator, flow: float, end: float) -> np.ndarray:

@@ -19,7 +19,7 @@ _LANE, _MARGIN, _PER_ROW = 16, 40, 500.0
 
 
 def draw(
-    road: Motorway, seen: Snapshot, instruction: str, state: Mapping[str, float], total: Tally,
+    road: Motorway, seen: Snapshot, instruction: str | None, state: Mapping[str, float], total: Tally,
     action: Mapping[str, np.ndarray], elapsed: float,
 ) -> np.ndarray:
     """Picture (height, 1200, 3) uint8. The road is cut into rows of equal length, read like text; ``action`` holds
@@ -73,7 +73,9 @@ def draw(
         if seen.cav[i]:
             mid = (back + x) / 2
             pen.ellipse((mid - 2, y + 6, mid + 2, y + 10), fill=(255, 255, 255))
-    pen.text((_MARGIN, 14), "\n".join(textwrap.wrap("Dispatcher: " + instruction, 110)), fill=(20, 20, 20), font=font)
+    if instruction is not None:
+        said = "\n".join(textwrap.wrap("Dispatcher: " + instruction, 110))
+        pen.text((_MARGIN, 14), said, fill=(20, 20, 20), font=font)
     facts = [
         f"time {elapsed:.0f} s    average speed {total.speed:.1f} m/s    arrived {total.arrived}    "
         f"on the road {state['vehicles']:.0f}    queue {state['queue_length']:.0f}    "

@@ -18,8 +18,8 @@ from lacer.envs.sources import Objective, SourceSpec, TaskCard
 from lacer.envs.traffic import sensors, text
 from lacer.envs.traffic.camera import SIZE, Camera, fog
 from lacer.envs.traffic.demand import Episode, draw_episode
-from lacer.envs.traffic.network import MAIN_LIMIT, RAMP_LIMIT, Motorway
-from lacer.envs.traffic.scenes import CONTROLS, SCENES, check
+from lacer.envs.traffic.network import MAIN_LIMIT, RAMP_LIMIT
+from lacer.envs.traffic.scenes import CONTROLS, SCENES, check, motorway
 from lacer.envs.traffic.simulation import Client, Command, Simulation, Tally
 
 SLOWEST = 15.0
@@ -87,6 +87,10 @@ class MixedTrafficEnv(gym.Env):
             ``"sources"``, two lanes and short episodes, in which any one of the five sources alone carries the news,
             lanes are the only control and safety counts. Arguments left None take the scene's value (``SCENES``).
         lanes: through lanes, 2 to 8.
+        length: of the road, m, 400 to 20,000; all its parts are stretched alike. Vehicles need time to fill a longer
+            one: see ``warm_up``.
+        humans: SUMO's attributes of the human drivers that differ from Krauss's model with an imperfection ``sigma``
+            of 0.5 (CAVs: 0.3), e.g. ``{"sigma": 0.9, "tau": 1.5}`` or ``{"carFollowModel": "EIDM"}``.
         cav_share: share of CAVs in the demand, 0 to 1.
         main_flow, ramp_flow: (lowest, highest) demand in veh/h; an episode draws one in between.
         step_length: of the simulation, s, 0.1 to 1.
@@ -121,6 +125,8 @@ class MixedTrafficEnv(gym.Env):
         scene: Literal["full", "small", "sources"] = "full",
         *,
         lanes: int | None = None,
+        length: float | None = None,
+        humans: Mapping[str, str | float] | None = None,
         cav_share: float = 0.9,
         main_flow: tuple[float, float] | None = None,
         ramp_flow: tuple[float, float] | None = None,
@@ -144,14 +150,14 @@ class MixedTrafficEnv(gym.Env):
         if scene not in SCENES:
             raise UnknownNameError("scene", str(scene), SCENES)
         given = {
-            "lanes": lanes, "cav_share": cav_share, "main_flow": main_flow, "ramp_flow": ramp_flow,
-            "step_length": step_length, "control_interval": control_interval, "warm_up": warm_up, "horizon": horizon,
-            "incident_probability": incident_probability, "detector_noise": detector_noise,
-            "history_length": history_length, "sequence_length": sequence_length, "news": news,
-            "order_weights": order_weights, "safety_weight": safety_weight, "order_weight": order_weight,
-            "controls": controls,
+            "lanes": lanes, "length": length, "humans": humans, "cav_share": cav_share, "main_flow": main_flow,
+            "ramp_flow": ramp_flow, "step_length": step_length, "control_interval": control_interval,
+            "warm_up": warm_up, "horizon": horizon, "incident_probability": incident_probability,
+            "detector_noise": detector_noise, "history_length": history_length, "sequence_length": sequence_length,
+            "news": news, "order_weights": order_weights, "safety_weight": safety_weight,
+            "order_weight": order_weight, "controls": controls,
         }
-        p = self._p = SCENES[scene] | {k: v for k, v in given.items() if v is not None}
+        p = self._p = {"humans": {}, **SCENES[scene]} | {k: v for k, v in given.items() if v is not None}
         check(p)
         if wordings not in text.WORDINGS:
             raise UnknownNameError("set of wordings", str(wordings), text.WORDINGS)
@@ -164,8 +170,7 @@ class MixedTrafficEnv(gym.Env):
         self.horizon, self.warm_up = float(p["horizon"]), float(p["warm_up"])
         self.history_length, self.sequence_length = history_length, sequence_length
         self.safety_weight, self.order_weight = float(p["safety_weight"]), float(p["order_weight"])
-        self.road = Motorway(
-            p["lanes"], p["drop"], p["in_length"], p["segment_lengths"], p["out_length"], p["ramp_length"])
+        self.road = motorway(p)
         self._carriers = {"instruction", "camera", *(n for key in p["news"] for n in key.split("+"))}
         self._counted: tuple[int, ...] = p["incident_segments"] if "history" in self._carriers else ()
         self._camera = Camera(self.road)
@@ -276,7 +281,7 @@ class MixedTrafficEnv(gym.Env):
             if self._folder is None or not self._folder.is_dir():
                 self._folder = Path(tempfile.mkdtemp(prefix="lacer-traffic-"))
             routes = self._folder / "routes.xml"
-            self._episode.write_routes(routes, road)
+            self._episode.write_routes(routes, road, p["humans"])
         except OSError as e:
             raise LacerError(f"cannot write the episode's vehicles: {e}; free some space or set TMPDIR to another "
                              "folder, then reset() again") from e
@@ -372,7 +377,8 @@ class MixedTrafficEnv(gym.Env):
         from lacer.envs.traffic.drawing import draw
 
         parts = {name: self._action[part] for name, part in self._slices.items() if part.stop > part.start}
-        return draw(self.road, self._seen, self._message(), self._state(), self._total, parts, self._elapsed)
+        said = self._message() if "instruction" in self.observation_space.spaces else None
+        return draw(self.road, self._seen, said, self._state(), self._total, parts, self._elapsed)
 
     # What is going on
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from lacer.envs.errors import LacerError, UnknownNameError
-from lacer.envs.traffic.demand import CARRIERS
+from lacer.envs.traffic.demand import CARRIERS, HUMANS, MODELS
+from lacer.envs.traffic.network import Motorway
 from lacer.envs.traffic.simulation import REAPPLY
 
 CONTROLS = ("speeds", "lanes", "ramp")
@@ -42,6 +43,17 @@ SCENES: dict[str, dict[str, Any]] = {
     },
 }
 """Defaults by scene. ``incident_delay`` is in seconds after the warm-up; segments count from 1."""
+
+
+def motorway(p: Mapping[str, Any]) -> Motorway:
+    """The road of a scene, all of it stretched to ``length`` metres where that is given."""
+    lengths = [p["in_length"], *p["segment_lengths"], p["out_length"]]
+    if p.get("length") is None:
+        first, *middle, last = lengths
+        return Motorway(p["lanes"], p["drop"], first, tuple(middle), last, p["ramp_length"])
+    scale = p["length"] / sum(lengths)
+    first, *middle, last = (round(scale * x, 1) for x in lengths)
+    return Motorway(p["lanes"], p["drop"], first, tuple(middle), last, round(scale * p["ramp_length"], 1))
 
 
 def check(p: Mapping[str, Any]) -> None:
@@ -80,6 +92,19 @@ def check(p: Mapping[str, Any]) -> None:
             raise UnknownNameError("control", str(name), CONTROLS)
     for name in ("safety_weight", "order_weight"):
         need(number(p[name]) and 0 <= p[name] < np.inf, name, "0 or more")
+    need(p.get("length") is None or (number(p["length"]) and 400 <= p["length"] <= 20000), "length",
+         "between 400 and 20000 metres")
+    humans = p["humans"]
+    need(isinstance(humans, Mapping), "humans", "a mapping from SUMO's attributes of drivers to values")
+    for name, value in humans.items():
+        if name == "carFollowModel":
+            if value not in MODELS:
+                raise UnknownNameError("car-following model", str(value), MODELS)
+        elif name not in HUMANS:
+            raise UnknownNameError("attribute of human drivers", str(name), ["carFollowModel", *HUMANS])
+        else:
+            low, high = HUMANS[name]
+            need(number(value) and low <= value <= high, "humans", f"such that {low:g} <= {name} <= {high:g}")
     step, control = p["step_length"], p["control_interval"]
     need(0.1 <= step <= 1 and abs(REAPPLY / step - round(REAPPLY / step)) < 1e-6, "step_length",
          f"between 0.1 and 1 and a part of {REAPPLY:g} s")

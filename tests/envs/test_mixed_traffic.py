@@ -295,6 +295,9 @@ def test_a_failed_simulation_is_reported_and_the_next_reset_works(env: MixedTraf
     ({"controls": ()}, "controls"), ({"controls": ("lane",)}, "did you mean 'lanes'"),
     ({"controls": "ramp"}, "controls"), ({"order_weights": (1, 1)}, "order_weights"),
     ({"cav_share": float("nan")}, "cav_share"), ({"cav_share": "all"}, "cav_share"),
+    ({"length": 100}, "length"), ({"length": "long"}, "length"), ({"humans": {"sigma": 1.5}}, "0 <= sigma <= 1"),
+    ({"humans": {"simga": 0.5}}, "did you mean 'sigma'"), ({"humans": {"carFollowModel": "IDN"}}, "did you mean 'IDM'"),
+    ({"humans": "aggressive"}, "humans"), ({"humans": {"tau": '1"/>'}}, "humans"),
     ({"scene": "smal"}, "did you mean 'small'"), ({"wordings": "test"}, "wordings"),
     ({"lane": 3}, "lane"),
 ])
@@ -326,6 +329,27 @@ def test_other_numbers_of_lanes(lanes: int) -> None:
     env = make(lanes=lanes, horizon=20.0)
     play(env, 1)
     env.close()
+
+
+def test_a_longer_road_is_stretched_in_all_its_parts() -> None:
+    short, long = make(), make(length=1400.0, horizon=20.0)
+    assert long.road.length == pytest.approx(1400)
+    for a, b in zip(short.road.stretches, long.road.stretches, strict=True):
+        assert b.length == pytest.approx(2 * a.length, abs=0.1)
+    assert long.road.ramp_length == pytest.approx(2 * short.road.ramp_length)
+    assert "1400 m" in long.task_card.description
+    play(long, 1)
+    long.close()
+
+
+@pytest.mark.parametrize("humans", [{"tau": 3.0, "sigma": 0.9}, {"carFollowModel": "IDM", "accel": 0.4}])
+def test_human_drivers_can_be_others(humans: dict[str, str | float]) -> None:
+    speeds = []
+    for chosen in (None, humans):
+        env = make(cav_share=0.0, humans=chosen, incident_probability=0.0)
+        speeds.append(play(env, 1, "none")[2]["average_speed"])
+        env.close()
+    assert speeds[1] < speeds[0] - 0.5
 
 
 def test_held_out_wordings_are_disjoint_and_all_messages_fit() -> None:
