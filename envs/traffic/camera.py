@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from lacer.envs.traffic.network import MAIN_LIMIT, Motorway
 
+if TYPE_CHECKING:
+    from lacer.envs.traffic.simulation import Snapshot
+
 SIZE = 64
+_ROW = 3 * SIZE
 BODY = 150
 """Brightness of a vehicle in the occupancy channel; a broken-down one flashes its hazard lights at 255."""
+
+
+_PIXELS = [[bytes((BODY, level, 200 * cav)) for level in range(256)] for cav in (False, True)]
 
 
 class Camera:
@@ -30,36 +39,46 @@ class Camera:
         lane_of = high % self._strip // self._rows
         self._row_of = np.where((high < strips * self._strip) & (lane_of <= self._lanes),
                                 high // self._strip * (self._lanes + 1) + lane_of, self._lane_rows - 1)
-        # By stretch; the last one, the ramp, is beside s1. Vehicles of the entry go to a row that is not shown.
-        self._scale = SIZE / np.array([*self._lengths, self._lengths[1]])
-        self._shift = np.array([*[0.0] * len(self._lengths), self._lengths[1] - road.ramp_length])
-        self._shift[0] = -1e4
-        self._first_row = np.array([0, *range(strips), 0]) * (self._lanes + 1) + self._lanes - 1
+        # By lane: where its row begins in memory, pixels a metre, metres before the picture; none for the entry.
+        self._places: list[tuple[int, float, float] | None] = []
+        for place in road.places:
+            beside = road.stretches[max(place.edge, 1)]  # the ramp is beside s1
+            shift = beside.length - road.ramp_length if place.edge < 0 else 0.0
+            row = self._row(max(place.edge, 1), place.lane)
+            self._places.append(None if place.edge == 0 else (row * _ROW, SIZE / beside.length, shift))
 
-    def draw(
-        self, edge: np.ndarray, lane: np.ndarray, position: np.ndarray, speed: np.ndarray, cav: np.ndarray,
-        broken: np.ndarray, lit: tuple[int, int] | None = None,
-    ) -> np.ndarray:
-        """Paint vehicles, all arrays of shape (n,): ``edge`` is the stretch (-1 for the ramp), ``lane`` the through
-        lane (-1 for the acceleration lane), ``position`` of the front bumper (m), ``speed`` (m/s).
-        ``lit`` is (stretch, lane) of a lane that overhead lights show as closed: occupancy 255 where no vehicle is."""
-        scale = self._scale[edge]
-        front = (position + self._shift[edge]) * scale
-        x1 = front.astype(int)[:, None]
-        x0 = np.maximum((front - (5.0 + 4.0 * broken) * scale).astype(int), 0)[:, None]
-        row = self._first_row[edge] - np.where(edge < 0, -1, lane)
-        row[front <= -1] = -1  # not in the picture, like the entry
-        colour = np.empty((len(row), 1, 3), np.uint8)
-        colour[:, 0, 0] = BODY
-        colour[broken, 0, 0] = 255
-        colour[:, 0, 1] = np.minimum(40 + 215 * speed / MAIN_LIMIT, 255)
-        colour[:, 0, 2] = cav * np.uint8(200)
-        back = np.arange((x1 - x0).max(initial=0) + 1)
-        lanes = np.zeros((self._lane_rows + 1, SIZE, 3), np.uint8)
+    def _row(self, stretch: int, lane: int) -> int:
+        """Row of a lane among all lanes shown."""
+        return (stretch - 1) * (self._lanes + 1) + self._lanes - 1 - lane
+
+    def draw(self, s: Snapshot, lit: tuple[int, int] | None = None) -> np.ndarray:
+        """The picture of all vehicles. ``lit`` is (stretch, lane) of a lane that overhead lights show as closed:
+        occupancy 255 where no vehicle is."""
+        lanes = bytearray(self._lane_rows * _ROW)
         if lit:
-            lanes[self._first_row[lit[0]] - lit[1], :, 0] = 255
-        lanes[row[:, None], np.minimum(np.maximum(x1 - back, x0), SIZE - 1)] = colour
-        return lanes[self._row_of]
+            start = self._row(*lit) * _ROW
+            lanes[start:start + _ROW:3] = b"\xff" * SIZE
+        broken = None if s.stopped is None else s.ids[s.stopped]
+        first = 0
+        for place, n in zip(self._places, s.counts, strict=True):
+            if place is not None and n:
+                start, scale, shift = place
+                end = first + n
+                for x, v, cav, name in zip(s.positions[first:end], s.speeds[first:end], s.cavs[first:end],
+                                           s.ids[first:end], strict=True):
+                    front = (x + shift) * scale
+                    if front <= -1:  # on the ramp, before the picture
+                        continue
+                    b = int(front) if front < SIZE else SIZE - 1
+                    level = min(int(40 + 215 * v / MAIN_LIMIT), 255)
+                    if name == broken:
+                        a, pixel = int(front - 9.0 * scale), bytes((255, level, 200 * cav))
+                    else:
+                        a, pixel = int(front - 5.0 * scale), _PIXELS[cav][level]
+                    a = 0 if a < 0 else a if a < SIZE else SIZE - 1
+                    lanes[start + 3 * a:start + 3 * b + 3] = pixel * (b - a + 1)
+            first += n
+        return np.frombuffer(lanes, np.uint8).reshape(-1, SIZE, 3)[self._row_of]
 
     def where(self, stretch: int, lane: int, position: float) -> tuple[int, int]:
         """Row and column of a place on the main road."""

@@ -403,11 +403,12 @@ class MixedTrafficEnv(gym.Env):
         incident = self._episode.incident
         if not self._incident_active or incident is None:
             return 0.0
-        s = self._seen
-        near = (s.x >= self.road.starts[self._p["clear_segments"][0]]) & (s.lane >= 0) & ~s.broken & (
-            s.x < self.road.starts[incident.stretch] + incident.position)
-        n = np.count_nonzero(near)
-        return float(np.count_nonzero(near & (s.lane == incident.lane)) / n) if n else 0.0
+        s, road = self._seen, self.road
+        first = road.starts[self._p["clear_segments"][0]]
+        last = road.starts[incident.stretch] + incident.position
+        near = [k for i, (x, k) in enumerate(zip(s.xs, s.lanes, strict=True))
+                if first <= x < last and k >= 0 and i != s.stopped]
+        return near.count(incident.lane) / len(near) if near else 0.0
 
     def _disobedience(self, order: str | None, a: np.ndarray) -> tuple[float, float]:
         """(share of CAVs over an instructed limit, opposition to a ramp order), each 0 to 1."""
@@ -428,15 +429,15 @@ class MixedTrafficEnv(gym.Env):
         order = self._order_in_force()
         lanes = {f"incident_lane_{k}": float(i is not None and i.lane == k) for k in range(self.road.lanes)}
         n = len(s.ids)
-        standing = s.speed < 5
-        queue, on_ramp = np.count_nonzero(standing), np.count_nonzero(standing & (s.edge < 0))
+        standing = [v < 5 for v in s.speeds]
+        queue, on_ramp = sum(standing), sum(standing[n - s.counts[-1]:])
         return {
             "incident_active": float(active), **lanes,
             "incident_km": (self.road.starts[i.stretch] + i.position) / 1000 if i else 0.0,
             "queue_length": float(queue - on_ramp), "ramp_queue": float(on_ramp),
             "backlog": float(self._sim.backlog) if self._sim else 0.0,
-            "vehicles": float(n), "mean_speed": float(s.speed.sum() / n) if n else MAIN_LIMIT,
-            "actual_cav_share": float(np.count_nonzero(s.cav) / n) if n else 0.0,
+            "vehicles": float(n), "mean_speed": sum(s.speeds) / n if n else MAIN_LIMIT,
+            "actual_cav_share": sum(s.cavs) / n if n else 0.0,
             "main_demand": e.main_flow, "ramp_demand": e.ramp_flow,
             "speed_limit_order": e.order.speed if order == "speed_limit" else 0.0,
             "ramp_order": {"ramp_priority": 1.0, "ramp_hold": -1.0}.get(order or "", 0.0),
@@ -466,7 +467,7 @@ class MixedTrafficEnv(gym.Env):
             image = fog(None, self.np_random)
         else:
             lit = (incident.stretch, incident.lane) if any_source and incident and self._incident_active else None
-            image = self._camera.draw(s.edge, s.lane, s.position, s.speed, s.cav, s.broken, lit)
+            image = self._camera.draw(s, lit)
             if incident and "camera" not in news:
                 image = fog(image, self.np_random)
         reports = "sequence" in news if "sequence" in carry else None

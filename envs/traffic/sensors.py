@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from itertools import accumulate, pairwise
+
 import numpy as np
 
 from lacer.envs.traffic.network import MAIN_LIMIT, RAMP_LIMIT, Motorway
@@ -29,60 +32,65 @@ class Detectors:
     """
 
     def __init__(self, road: Motorway, noise: float, watched: tuple[int, ...] = ()) -> None:
-        self._watched = np.array(watched, int) + 1  # rows of the cells
-        self._noise, self._ramp_space = noise, road.ramp_length * JAM
-        self._m, self._n_lanes, self._segments = len(road.stretches) - 1, road.lanes, road.segments
-        self._width = road.lanes + 2  # acceleration lane, through lanes, the entry's extra lane
-        self._cells = (self._m + 2) * self._width  # row 0 is the ramp, row 1 the entry
-        self._sums = 5 if watched else 4
-        self._kinds = np.arange(0, self._sums * self._cells, self._cells)[:, None]
-        lengths = np.array([s.length for s in road.stretches[1:]])
-        self._space = lengths * [s.lanes for s in road.stretches[1:]] * JAM
-        self._lane_space = lengths[:-1, None] * JAM
-        self.size = 4 * self._m + 2 * self._segments * self._n_lanes + 2 + len(watched) * road.lanes
-        self._ramp = 4 * self._m + 2 * self._segments * self._n_lanes
+        self._noise, self._watched, self._ramp_space = noise, watched, road.ramp_length * JAM
+        self._stretches, self._lanes, self._segments = road.stretches, road.lanes, road.segments
+        self._places, self._m = road.places, len(road.stretches) - 1
+        self.size = 4 * self._m + 2 * self._segments * self._lanes + 2 + len(watched) * road.lanes
         self.summary = 3 * self._m
 
     def read(self, s: Snapshot, rng: np.random.Generator, by_lane: bool) -> tuple[np.ndarray, np.ndarray]:
         """Readings now. With ``by_lane`` False every lane shows the values of its segment."""
-        m, n = self._m, len(s.edge)
-        weights = np.empty((self._sums, n))
-        weights[0], weights[1], weights[3] = 1, s.speed, s.cav
-        np.multiply(s.speed, s.speed, out=weights[2])
-        if self._sums > 4:
-            weights[4] = s.broken
-        index = s.edge * self._width + (s.lane + (self._width + 1)) + self._kinds
-        cells = np.bincount(index.ravel(), weights.ravel(), self._sums * self._cells)
-        cells = cells.reshape(self._sums, m + 2, self._width)
-        count, pace, pace2, cav = cells[:4, 2:].sum(2)
-        some = np.maximum(count, 1)
-        mean = pace / some
-        out = np.empty(self.size)
-        head = out[:4 * m].reshape(m, 4)
-        head[:, 0] = count / self._space
-        head[:, 1] = np.where(count > 0, mean / MAIN_LIMIT, 1)
-        head[:, 2] = np.sqrt(np.maximum(pace2 / some - mean * mean, 0)) / 10
-        head[:, 3] = cav / some
-        lanes = out[4 * m:self._ramp].reshape(self._segments, self._n_lanes, 2)
-        if by_lane:
-            nl, vl = cells[0, 2:-1, 1:-1], cells[1, 2:-1, 1:-1]
-            lanes[..., 0] = nl / self._lane_space
-            lanes[..., 1] = np.where(nl > 0, vl / np.maximum(nl, 1) / MAIN_LIMIT, 1)
-        else:
-            lanes[:] = head[:-1, None, :2]
-        on_ramp, ramp_pace = cells[:2, 0, 0]
-        out[self._ramp] = on_ramp / self._ramp_space
-        out[self._ramp + 1] = ramp_pace / on_ramp / RAMP_LIMIT if on_ramp else 1
-        if self._sums > 4:
-            alarm = cells[4, self._watched, 1:-1]
-            out[self._ramp + 2:].reshape(alarm.shape)[:] = alarm if by_lane else alarm.mean(1, keepdims=True)
+        head: list[float] = []
+        lanes: list[float] = []
+        counts, speeds, cav = s.counts, s.speeds, s.cavs
+        width = self._stretches[0].lanes + self._stretches[0].offset
+        i, place = sum(counts[:width]), width  # vehicles and lanes before the one that is looked at
+        for e, stretch in enumerate(self._stretches[1:], 1):
+            count, pace, square, cavs, offset, space = 0, 0.0, 0.0, 0, stretch.offset, stretch.length * JAM
+            told: list[float] = []
+            for k in range(stretch.lanes + offset):
+                n = counts[place]
+                v = 0.0
+                if n:
+                    part = speeds[i:i + n]
+                    v = sum(part)
+                    count, pace, square = count + n, pace + v, square + sum([u * u for u in part])
+                    cavs += sum(cav[i:i + n])
+                    i += n
+                place += 1
+                if k >= offset:
+                    told += (n / space, v / n / MAIN_LIMIT if n else 1.0)
+            density, speed, mean = count / (stretch.length * stretch.lanes * JAM), 1.0, 0.0
+            if count:
+                mean = pace / count
+                speed = mean / MAIN_LIMIT
+            some = count or 1
+            head += (density, speed, math.sqrt(max(square / some - mean * mean, 0.0)) / 10, cavs / some)
+            if e <= self._segments:
+                lanes += told if by_lane else (density, speed) * stretch.lanes
+        on_ramp = counts[-1]
+        ramp = (on_ramp / self._ramp_space, sum(speeds[i:]) / on_ramp / RAMP_LIMIT if on_ramp else 1.0)
+        out = np.array([*head, *lanes, *ramp, *self._alarm(s, by_lane)])
         out *= rng.normal(1.0, self._noise, self.size)
         now = np.minimum(np.maximum(out, 0, out=out), HIGHEST, out=out).astype(np.float32)
-        seen = now[:4 * m].reshape(m, 4)
-        past = np.empty((m, 3), np.float32)
+        seen = now[:4 * self._m].reshape(-1, 4)
+        past = np.empty((self._m, 3), np.float32)
         past[:, 0], past[:, 1] = seen[:, 1], seen[:, 0]
         past[:, 2] = np.minimum(seen[:, 0] * JAM * seen[:, 1] * MAIN_LIMIT / FLOW, HIGHEST)
         return now, past.ravel()
+
+    def _alarm(self, s: Snapshot, by_lane: bool) -> list[float]:
+        """1 for the lane of a broken-down vehicle, on each lane of the segments watched."""
+        out = [0.0] * (len(self._watched) * self._lanes)
+        if self._watched and s.stopped is not None:
+            at = next(p for p, n in zip(self._places, accumulate(s.counts), strict=True) if s.stopped < n)
+            if at.edge in self._watched and at.lane >= 0:
+                first = self._watched.index(at.edge) * self._lanes
+                if by_lane:
+                    out[first + at.lane] = 1.0
+                else:
+                    out[first:first + self._lanes] = [1 / self._lanes] * self._lanes
+        return out
 
 
 def counters(counts: np.ndarray, seconds: float, by_lane: bool) -> np.ndarray:
@@ -100,28 +108,26 @@ def vehicles(road: Motorway, s: Snapshot, length: int, lanes_known: bool, report
     ``reports`` not None adds L columns; True: a broken-down vehicle names its lane there, and is listed however far
     downstream it is."""
     out = np.zeros((length, VEHICLE_COLUMNS + (0 if reports is None else road.lanes)), np.float32)
-    x, lane = s.x, s.lane
-    far = road.merge_end - x
-    chosen = np.flatnonzero((far >= 0) | s.broken if reports else far >= 0)
-    chosen = chosen[far[chosen].argsort(kind="stable")][:length]
-    n = len(chosen)
-    if not n:
+    xs, lanes, ids, speeds, cav, end = s.xs, s.lanes, s.ids, s.speeds, s.cavs, road.merge_end
+    chosen = sorted([(end - x, i) for i, x in enumerate(xs) if x <= end or (reports and i == s.stopped)])[:length]
+    if not chosen:
         return out
     # Sorted by lane, then along the road, the next one in the same lane is the one ahead.
-    order = (lane * 1e5 + x).argsort()
-    ahead = np.full(len(x), 100.0)
-    sorted_lane, sorted_x = lane[order], x[order]
-    ahead[order[:-1]] = np.where(sorted_lane[1:] == sorted_lane[:-1], sorted_x[1:] - sorted_x[:-1] - 5.0, 100.0)
-    seen = out[:n]
-    seen[:, 0] = 1
-    seen[:, 1] = far[chosen] / 500
-    if lanes_known:
-        seen[:, 2] = (lane[chosen] + 1) / road.lanes
-    seen[:, 3] = s.speed[chosen] / MAIN_LIMIT
-    seen[:, 4] = np.minimum(np.maximum(ahead[chosen], 0), 100) / 100
-    seen[:, 5] = s.cav[chosen]
-    seen[:, 6] = s.ramp[chosen]
-    if reports:
-        row = np.flatnonzero(s.broken[chosen])
-        seen[row, VEHICLE_COLUMNS + lane[chosen[row]]] = 1
-    return np.minimum(np.maximum(out, -2, out=out), 2, out=out)
+    keys = [k * 1e5 + x for k, x in zip(lanes, xs, strict=True)]
+    ahead = [100.0] * len(xs)
+    for i, j in pairwise(sorted(range(len(xs)), key=keys.__getitem__)):
+        if lanes[i] == lanes[j]:
+            ahead[i] = xs[j] - xs[i] - 5.0
+    rows: list[tuple[float, ...]] = []
+    for far, i in chosen:
+        gap = ahead[i]
+        rows.append((
+            1.0, far / 500, (lanes[i] + 1) / road.lanes if lanes_known else 0.0, speeds[i] / MAIN_LIMIT,
+            1.0 if gap > 100 else gap / 100 if gap > 0 else 0.0, float(cav[i]), float(ids[i][1] == "r")))
+    out[:len(rows), :VEHICLE_COLUMNS] = rows
+    np.minimum(np.maximum(out[:, 1], -2, out=out[:, 1]), 2, out=out[:, 1])
+    if reports and s.stopped is not None:
+        for row, (_, i) in enumerate(chosen):
+            if i == s.stopped:
+                out[row, VEHICLE_COLUMNS + lanes[i]] = 1
+    return out

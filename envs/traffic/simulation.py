@@ -11,6 +11,7 @@ import subprocess
 import sys
 import weakref
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,29 +54,70 @@ class Command:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All vehicles at one moment, arrays of shape (n,).
+    """All vehicles at one moment: lists, lane by lane as in ``road.places``, and arrays of shape (n,) of the same.
+
+    Sensors read the lists in plain Python: a road has some fifty vehicles, and between steps of the simulation each
+    operation on arrays takes some microseconds, whatever their length.
 
     Attributes:
+        counts: vehicles on each lane.
         ids: SUMO's names.
-        edge: index of the stretch, -1 for the ramp.
-        lane: through lane from the right, -1 for ramp and acceleration lane.
-        position: front bumper, m on its edge.
-        x: front bumper, m from the start of the road.
-        speed: m/s.
-        cav: connected and automated.
-        ramp: came by the ramp.
-        broken: the vehicle of the incident.
+        positions: front bumper, m on its edge.
+        speeds: m/s.
+        stopped: place of the incident's vehicle in the lists.
     """
 
+    road: Motorway
+    counts: list[int]
     ids: list[str]
-    edge: np.ndarray
-    lane: np.ndarray
-    position: np.ndarray
-    x: np.ndarray
-    speed: np.ndarray
-    cav: np.ndarray
-    ramp: np.ndarray
-    broken: np.ndarray
+    positions: list[float]
+    speeds: list[float]
+    stopped: int | None
+
+    @cached_property
+    def lanes(self) -> list[int]:
+        """Through lane from the right, -1 for ramp and acceleration lane."""
+        return [place.lane for place, n in zip(self.road.places, self.counts, strict=True) for _ in range(n)]
+
+    @cached_property
+    def xs(self) -> list[float]:
+        """Front bumper, m from the start of the road."""
+        out: list[float] = []
+        for place, n in zip(self.road.places, self.counts, strict=True):
+            start, i = place.start, len(out)
+            out += [x + start for x in self.positions[i:i + n]]
+        return out
+
+    @cached_property
+    def edge(self) -> np.ndarray:
+        """Number of the stretch, -1 for the ramp."""
+        return np.repeat([place.edge for place in self.road.places], self.counts)
+
+    @cached_property
+    def lane(self) -> np.ndarray:
+        return np.array(self.lanes, int)
+
+    @cached_property
+    def x(self) -> np.ndarray:
+        return np.array(self.xs, float)
+
+    @cached_property
+    def speed(self) -> np.ndarray:
+        return np.array(self.speeds, float)
+
+    @cached_property
+    def cavs(self) -> list[bool]:
+        """Connected and automated."""
+        return [v[0] == "c" for v in self.ids]
+
+    @cached_property
+    def cav(self) -> np.ndarray:
+        return np.array(self.cavs, bool)
+
+    @cached_property
+    def broken(self) -> np.ndarray:
+        """The vehicle of the incident."""
+        return np.arange(len(self.ids)) == (-1 if self.stopped is None else self.stopped)
 
 
 @dataclass
@@ -138,16 +180,12 @@ class Simulation:
         self._departs, self._incident = departs, incident
         self._caps: dict[str, float] = {}
         self._pressing: set[str] = set()
-        self._lanes = [
-            (f"{s.name}_{k}", e, k - s.offset) for e, s in enumerate(road.stretches) for k in range(s.lanes + s.offset)
-        ] + [("ramp_0", -1, -1)]
-        self._ramp_x, self._road_length = road.starts[2] - road.ramp_length, road.length
-        self._lane_edges, self._lane_lanes = (np.array([row[i] for row in self._lanes]) for i in (1, 2))
-        self._lane_numbers = np.arange(len(self._lanes))
+        self._ramp_x, self._road_length = road.places[-1].start, road.length
+        self._lanes = [place.name for place in road.places]
         self._edges = [s.name for s in road.stretches] + ["ramp"]
-        self._starts = np.array([*road.starts, self._ramp_x])
-        self.seen = self._snapshot([], np.zeros(0, int), [], [])
+        self.seen = Snapshot(road, [0] * len(self._lanes), [], [], [], None)
         """The vehicles at the end of the last :meth:`run`."""
+        self._driven = 0.0  # sum of their places, m
         counters = [f"s{i}_{k + road.stretches[i].offset}" for i in counted for k in range(road.lanes)]
         self._counters, self._places = [f"count_{c}" for c in counters], len(counted)
         command = [
@@ -212,7 +250,7 @@ class Simulation:
         """
         if self.sumo is None:
             raise LacerError("the simulation is closed; call reset() first")
-        tally = Tally(metres=-float(self.seen.x.sum()))
+        tally = Tally(metres=-self._driven)
         every = max(1, round(REAPPLY / self.step_length))
         steps = round(seconds / self.step_length)
         try:
@@ -230,7 +268,8 @@ class Simulation:
             self.close()
             raise LacerError(f"the SUMO simulation failed at {self.now:.1f} s: {e}; reset() starts a new one") from e
         # Every vehicle drove from where it was, or entered, to where it is, or to the exit.
-        tally.metres += float(self.seen.x.sum())
+        self._driven = float(self.seen.x.sum())
+        tally.metres += self._driven
         return tally
 
     def _step(self, tally: Tally) -> None:
@@ -319,24 +358,13 @@ class Simulation:
         lane_ids, vehicle = self.sumo.lane.getLastStepVehicleIDs, self.sumo.vehicle
         ids: list[str] = []
         counts = []
-        for name, _, _ in self._lanes:
+        for name in self._lanes:
             here = lane_ids(name)
             ids += here
             counts.append(len(here))
-        return self._snapshot(ids, self._lane_numbers.repeat(counts), list(map(vehicle.getLanePosition, ids)),
-                              list(map(vehicle.getSpeed, ids)))
-
-    def _snapshot(self, ids: list[str], lane: np.ndarray, position: list[float], speed: list[float]) -> Snapshot:
-        """``lane`` is the place in the list of all lanes."""
-        edges, positions = self._lane_edges[lane], np.array(position, float)
-        names = np.frombuffer("".join([v[:2] for v in ids]).encode(), np.uint8).reshape(-1, 2)
-        broken = np.zeros(len(ids), bool)
-        if self.broken in ids:
-            broken[ids.index(self.broken)] = True
         return Snapshot(
-            ids, edges, self._lane_lanes[lane], positions, positions + self._starts[edges], np.array(speed, float),
-            names[:, 0] == ord("c"), names[:, 1] == ord("r"), broken,
-        )
+            self.road, counts, ids, list(map(vehicle.getLanePosition, ids)), list(map(vehicle.getSpeed, ids)),
+            ids.index(self.broken) if self.broken in ids else None)
 
 
 def _failures() -> tuple[type[Exception], ...]:
