@@ -232,7 +232,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[31, 32, 33, 34, 35])
     parser.add_argument("--conditions", nargs="+", choices=["all", *CARRIERS], default=["all", *CARRIERS])
     parser.add_argument("--steps", type=int, default=7_680)
-    parser.add_argument("--episodes", type=int, default=120)
+    parser.add_argument("--episodes", type=int, default=360)
     parser.add_argument("--encoders", type=int, default=0, help="train so many random encoders instead")
     parser.add_argument("--runs", type=int, default=None, help="train at most so many now")
     parser.add_argument("--controls", choices=sorted(SCENES), help="only play the scripted policies, on this scene")
