@@ -1,9 +1,11 @@
-"""Env steps a second of lacer/MixedTraffic-v0, against the same simulation stepped and steered with nothing read.
+"""Env steps a second of lacer/MixedTraffic-v0, against the same simulation stepped and steered with nothing read, and
+against the same environment through TraCI.
 
-    python benchmarks/env_speed.py [--scene small|full] [--episodes 6]
+    python benchmarks/env_speed.py [--scene small|full] [--episodes 10] [--options '{"step_length": 0.5}']
 
-Both sides play the same episodes with the same actions, in turn, and processor time is counted, so that the ratio
-holds on a busy machine too. The last line is JSON.
+All sides play the same episodes with the same actions, in turn. Against the bare simulation processor time is counted,
+so that the ratio holds on a busy machine too; with TraCI, where SUMO is a process of its own, time on the clock. The
+last line is JSON.
 """
 
 from __future__ import annotations
@@ -11,10 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 
 import numpy as np
 
+from lacer.envs.traffic.demand import CARRIERS
 from lacer.envs.traffic.mixed import SCENES, MixedTrafficEnv
+from lacer.envs.traffic.simulation import REAPPLY
+
+Clock = Callable[[], float]
 
 
 def actions(env: MixedTrafficEnv, seed: int) -> np.ndarray:
@@ -24,14 +31,14 @@ def actions(env: MixedTrafficEnv, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, 0.5, shape).clip(-1, 1)
 
 
-def observed(env: MixedTrafficEnv, seed: int) -> float:
-    """Processor seconds of an episode's env steps."""
+def observed(env: MixedTrafficEnv, seed: int, clock: Clock) -> float:
+    """Seconds of an episode's env steps."""
     env.reset(seed=seed)
     plan = actions(env, seed)
-    start = time.process_time()
+    start = clock()
     for a in plan:
         env.step(a)
-    return time.process_time() - start
+    return clock() - start
 
 
 def bare(env: MixedTrafficEnv, seed: int) -> float:
@@ -40,7 +47,7 @@ def bare(env: MixedTrafficEnv, seed: int) -> float:
     simulation = env._sim
     assert simulation is not None
     commands = [env.command(a) for a in actions(env, seed)]
-    steps, every = round(env.control_interval / simulation.step_length), round(2 / simulation.step_length)
+    steps, every = round(env.control_interval / simulation.step_length), round(REAPPLY / simulation.step_length)
     start = time.process_time()
     for command in commands:
         for i in range(steps):
@@ -49,38 +56,51 @@ def bare(env: MixedTrafficEnv, seed: int) -> float:
             if i % every == 0:
                 simulation._apply(command)
             simulation.sumo.simulationStep()
+            simulation.now += simulation.step_length
     return time.process_time() - start
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scene", choices=sorted(SCENES), default="small")
-    parser.add_argument("--episodes", type=int, default=6)
+    parser.add_argument("--episodes", type=int, default=10)
+    parser.add_argument("--options", type=json.loads, default={}, help="arguments of the environment, as JSON")
     args = parser.parse_args()
-    env = MixedTrafficEnv(args.scene)
-    observed(env, 0)  # warm up
-    full, base, reset, vehicles = [], [], [], []
+    # Drawing which source tells would make episodes unlike in cost: all do, which is the dearest.
+    options = {"news": {"+".join(CARRIERS): 1.0}, **args.options}
+    env = MixedTrafficEnv(args.scene, **options)
+    observed(env, 0, time.process_time)  # warm up
+    full, base, reset, updates, local = [], [], [], 0.0, []
     for seed in range(args.episodes):
-        full.append(observed(env, seed))
-        vehicles.append(len(env._seen.ids))
+        full.append(observed(env, seed, time.process_time))
+        updates += env._total.driving / env._p["step_length"]
         base.append(bare(env, seed))
+        local.append(observed(env, seed, time.perf_counter))
         start = time.process_time()
         env.reset(seed=seed)
         reset.append(time.process_time() - start)
     env.close()
-    steps = round(env.horizon / env.control_interval)
+    remote_env = MixedTrafficEnv(args.scene, client="traci", **options)
+    remote = [observed(remote_env, seed, time.perf_counter) for seed in range(args.episodes)]
+    remote_env.close()
+    steps, total = round(env.horizon / env.control_interval), float(np.sum(full))
     result = {
-        "scene": args.scene, "env_steps_per_s": steps / float(np.mean(full)),
-        "env_steps_per_s_with_reset": steps / float(np.mean(full) + np.mean(reset)),
-        "simulated_s_per_s": env.horizon / float(np.mean(full)),
-        "ratio_to_bare_simulation": float(np.median(np.array(full) / np.array(base))),
-        "reset_ms": 1000 * float(np.mean(reset)), "vehicles_at_end": float(np.mean(vehicles)),
+        "scene": args.scene, **args.options, "env_steps_per_s": steps * args.episodes / total,
+        "env_steps_per_s_with_reset": steps * args.episodes / (total + float(np.sum(reset))),
+        "simulated_s_per_s": env.horizon * args.episodes / total, "vehicle_updates_per_s": updates / total,
+        "speed_to_bare_simulation": float(np.median(np.array(base) / np.array(full))),
+        "with_resets_in_both": float(np.median((np.array(base) + reset) / (np.array(full) + reset))),
+        "speed_to_traci": float(np.median(np.array(remote) / np.array(local))),
+        "reset_ms": 1000 * float(np.mean(reset)),
     }
     print(f"scene {args.scene}: {result['env_steps_per_s']:.0f} env steps/s of one core "
-          f"({result['env_steps_per_s_with_reset']:.0f} with resets), {result['simulated_s_per_s']:.0f} simulated s/s")
-    print(f"time of an env step / time of the same simulation stepped and steered with nothing read: "
-          f"{result['ratio_to_bare_simulation']:.2f}")
+          f"({result['env_steps_per_s_with_reset']:.0f} with resets), {result['simulated_s_per_s']:.0f} simulated s/s, "
+          f"{result['vehicle_updates_per_s']:.0f} vehicle updates/s")
+    print(f"env steps/s, to the same simulation stepped and steered with nothing read: "
+          f"{result['speed_to_bare_simulation']:.2f} ({result['with_resets_in_both']:.2f} with resets in both); "
+          f"to the same environment through TraCI: "
+          f"{result['speed_to_traci']:.1f}")
     print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in result.items()}))
 
 

@@ -34,7 +34,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "n_envs": 4, "n_steps": 64, "batch_size": 64, "n_epochs": 4, "learning_rate": 2e-3, "gamma": 0.1}},
     # As configs/quick.yaml, the preset's episodes too.
     "traffic": {"env": "lacer/MixedTraffic-v0", "steps": 2048, "episodes": 10, "env_kwargs": {
-        "scene": "small", "news_weights": [0.6, 0.1, 0.3], "main_flow": [2400, 2700]}, "ppo": {
+        "scene": "small", "news": {"instruction": 0.6, "camera": 0.1, "instruction+camera": 0.3},
+        "main_flow": [2400, 2700]}, "ppo": {
         "n_envs": 2, "n_steps": 128, "batch_size": 64, "n_epochs": 8, "learning_rate": 1e-3, "gae_lambda": 0.85,
         "use_sde": True, "sde_sample_freq": 4, "log_std_init": -1.5, "head": (64, 64)}}}
 

@@ -27,6 +27,11 @@ register_env(
     "SUMO motorway with on-ramp, lane drop and incidents; guide connected vehicles (5 sources)",
 )
 register_env(
+    "lacer/MixedTrafficPaper-v0",
+    "lacer.envs.traffic.paper:MixedTrafficPaperEnv",
+    "the motorway with the three sources of arXiv 2512.06982: time, traffic, sequence",
+)
+register_env(
     "lacer/TrafficSignal-v0",
     "lacer.envs.traffic_signal.env:TrafficSignalEnv",
     "SUMO junction with lights, on sumo-rl; keep waiting short, favour whom the instruction names (4 sources)",

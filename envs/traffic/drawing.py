@@ -19,10 +19,11 @@ _LANE, _MARGIN, _PER_ROW = 16, 40, 500.0
 
 
 def draw(
-    road: Motorway, seen: Snapshot, instruction: str, state: Mapping[str, float], total: Tally, action: np.ndarray,
-    elapsed: float,
+    road: Motorway, seen: Snapshot, instruction: str | None, state: Mapping[str, float], total: Tally,
+    action: Mapping[str, np.ndarray], elapsed: float,
 ) -> np.ndarray:
-    """Picture (height, 1200, 3) uint8. The road is cut into rows of equal length, read like text.
+    """Picture (height, 1200, 3) uint8. The road is cut into rows of equal length, read like text; ``action`` holds
+    the parts by name.
 
     Raises:
         LacerError: if Pillow is missing.
@@ -72,15 +73,16 @@ def draw(
         if seen.cav[i]:
             mid = (back + x) / 2
             pen.ellipse((mid - 2, y + 6, mid + 2, y + 10), fill=(255, 255, 255))
-    pen.text((_MARGIN, 14), "\n".join(textwrap.wrap("Dispatcher: " + instruction, 110)), fill=(20, 20, 20), font=font)
+    if instruction is not None:
+        said = "\n".join(textwrap.wrap("Dispatcher: " + instruction, 110))
+        pen.text((_MARGIN, 14), said, fill=(20, 20, 20), font=font)
     facts = [
         f"time {elapsed:.0f} s    average speed {total.speed:.1f} m/s    arrived {total.arrived}    "
         f"on the road {state['vehicles']:.0f}    queue {state['queue_length']:.0f}    "
         f"waiting to enter {state['backlog']:.0f}    "
         f"demand {state['main_demand']:.0f} + {state['ramp_demand']:.0f} veh/h",
-        "action  speeds " + " ".join(f"{a:+.2f}" for a in action[:road.segments])
-        + "    lane weights (right to left) "
-        + " ".join(f"{a:+.2f}" for a in action[road.segments:-1]) + f"    ramp {action[-1]:+.2f}",
+        "action  " + "    ".join(f"{name} " + " ".join(f"{a:+.2f}" for a in part) for name, part in action.items())
+        + ("    (lanes from right to left)" if "lanes" in action else ""),
         "red: standing, green: full speed; white dot: connected and automated; magenta: broken down",
     ]
     for i, line in enumerate(facts):

@@ -15,11 +15,12 @@ from gymnasium import spaces
 
 from lacer.envs.errors import LacerError, UnknownNameError
 from lacer.envs.sources import Objective, SourceSpec, TaskCard
-from lacer.envs.traffic import text
+from lacer.envs.traffic import sensors, text
 from lacer.envs.traffic.camera import SIZE, Camera, fog
 from lacer.envs.traffic.demand import Episode, draw_episode
-from lacer.envs.traffic.network import MAIN_LIMIT, RAMP_LIMIT, Motorway
-from lacer.envs.traffic.simulation import REAPPLY, Command, Simulation, Snapshot, Tally
+from lacer.envs.traffic.network import MAIN_LIMIT, RAMP_LIMIT
+from lacer.envs.traffic.scenes import CONTROLS, SCENES, check, motorway
+from lacer.envs.traffic.simulation import Client, Command, Simulation, Tally
 
 SLOWEST = 15.0
 """Speed (m/s) that a segment action of -1 asks for."""
@@ -27,68 +28,69 @@ SLOWEST_RAMP = 2.0
 """Speed (m/s) that a ramp action of 1 asks for."""
 CLEAR_ABOVE = 0.3
 """The largest lane weight has to exceed this for its lane to be cleared."""
-ORDER_WEIGHT = 0.03
-"""Reward lost by one step that fully disobeys the dispatcher."""
-_JAM = 0.08  # vehicles per metre and lane that count as 1
-
-SCENES: dict[str, dict[str, Any]] = {
-    "small": {
-        "lanes": 3, "drop": "before", "in_length": 100.0, "segment_lengths": (300.0, 150.0, 100.0),
-        "out_length": 50.0, "ramp_length": 150.0, "main_flow": (2100.0, 2700.0), "ramp_flow": (200.0, 500.0),
-        "step_length": 1.0, "warm_up": 60.0, "horizon": 240.0, "incident_probability": 1.0,
-        "incident_delay": (-20.0, -10.0), "incident_segments": (3,), "incident_place": (0.1, 0.4),
-        "clear_segments": (1, 2), "news_weights": (0.5, 0.2, 0.3),
-    },
-    "full": {
-        "lanes": 3, "drop": "after", "in_length": 250.0, "segment_lengths": (350.0, 300.0, 350.0, 350.0),
-        "out_length": 300.0, "ramp_length": 250.0, "main_flow": (2100.0, 2900.0), "ramp_flow": (200.0, 500.0),
-        "step_length": 1.0, "warm_up": 100.0, "horizon": 300.0, "incident_probability": 0.8,
-        "incident_delay": (0.0, 60.0), "incident_segments": (3, 4), "incident_place": (0.1, 0.4),
-        "clear_segments": (1, 2, 3), "news_weights": (0.4, 0.3, 0.3),
-    },
-}
-"""Defaults by scene. ``incident_delay`` is in seconds after the warm-up; segments count from 1."""
 
 
 class MixedTrafficEnv(gym.Env):
     """Guide the connected and automated vehicles (CAVs) of a motorway in SUMO (Lopez et al. 2018).
 
     Road: ``lanes`` through lanes; an on-ramp joins over an acceleration lane on segment 2; a leftmost lane ends before
-    the segments (small) or after them (full). Drivers follow Krauss (1998) and change lanes by LC2013 (Erdmann 2014).
-    The CAV share of 0.9 is that of arXiv 2512.06982. A vehicle may break down on a lane; the dispatcher sends plain
-    English.
+    the segments (small, sources) or after them (full). Drivers follow Krauss (1998) and change lanes by LC2013 (Erdmann
+    2014). The CAV share of 0.9 is that of arXiv 2512.06982. A vehicle may break down on a lane; the dispatcher sends
+    plain English.
 
-    Observation, a Dict of five sources (S controlled segments, L lanes, A = S + L + 1 actions):
-        traffic: vector (4 (S + 1) + 2 S L + 2,): density (1 = 80 veh/km/lane), mean speed (1 = 27.78 m/s), spread of
-            speed (1 = 10 m/s), CAV share, of each segment and the exit; density and speed of each lane of each
-            segment; density and speed of the ramp. With relative detector noise.
-        history: series (T, 3 (S + 1) + A), oldest first: speed, density, flow (1 = 0.5 veh/s/lane), then the action.
-        sequence: set (N, 7), the vehicles before the end of the acceleration lane, nearest first: 1 if present,
+    Observation, a Dict of five sources (S controlled segments, L lanes, K segments where incidents may happen, A
+    actions); columns in brackets are there if the source can carry the news, see below:
+        traffic: vector (4 (S + 1) + 2 S L + 2 [+ K L],): density (1 = 80 veh/km/lane), mean speed (1 = 27.78 m/s),
+            spread of speed (1 = 10 m/s), CAV share, of each segment and the exit; density and speed of each lane of
+            each segment; density and speed of the ramp; [alarm of automatic incident detection on each lane where
+            incidents may happen, 1 for a broken-down vehicle]. With relative detector noise.
+        history: series (T, 3 (S + 1) [+ K L] + A), oldest first: speed, density, flow (1 = 0.5 veh/s/lane) of each
+            segment and the exit, [flow (1 = 0.15 veh/s) of each lane at the end of the segments where incidents may
+            happen, the last intervals of the warm-up too], then the action.
+        sequence: set (N, 7 [+ L]), the vehicles before the end of the acceleration lane, nearest first: 1 if present,
             distance to that end (1 = 500 m), lane (0 acceleration lane or ramp, 1 leftmost), speed, gap ahead
-            (1 = 100 m), is a CAV, came by the ramp.
-        camera: image (64, 64, 3) uint8, see :class:`~lacer.envs.traffic.camera.Camera`.
+            (1 = 100 m), is a CAV, came by the ramp, [lane on which it reports itself broken down, one-hot; such a
+            vehicle is listed however far downstream].
+        camera: image (64, 64, 3) uint8, see :class:`~lacer.envs.traffic.camera.Camera`. [If any of the three above can
+            carry the news: overhead lights show the blocked lane of the segment as closed.]
         instruction: text, the dispatcher's message in force.
-    In some episodes the message tells of the incident and fog blinds the camera, in some only the camera shows it, in
-    some both tell.
+    ``news`` says which sources can carry the news of the incident's lane and how often each does; an episode draws.
+    Message and camera always can. Where another source does not carry it: the message is an order or nothing in
+    particular; fog blinds the camera. ``traffic``, ``history`` and ``sequence``, if ``news`` names them, then show the
+    mean of all lanes in place of each, and no vehicle's lane or report; if it does not, they show what they see in
+    every episode, which tells lanes less clearly.
 
-    Action, Box(-1, 1) of shape (S + L + 1,); all zero means "do nothing", exactly:
-        [0, S): speed of each segment; a >= 0 full speed, below it CAVs drive at most ``27.78 - 12.78 a^2`` m/s.
-        [S, S + L): lane weights from the right; the largest, if above 0.3, is the lane that CAVs leave and avoid on
-            the segments before the incident area.
-        [S + L]: ramp; a > 0 limits CAVs there to ``16.67 - 14.67 a`` m/s.
+    Action, Box(-1, 1) of shape (A,), those of ``controls``, in this order; all zero means "do nothing", exactly:
+        speeds, S numbers: speed of each segment; a >= 0 full speed, below it CAVs drive at most
+            ``27.78 - 12.78 a^2`` m/s.
+        lanes, L numbers: lane weights from the right; the largest, if above 0.3, is the lane that CAVs leave and avoid
+            on the segments before the incident area.
+        ramp, 1 number: a > 0 limits CAVs there to ``16.67 - 14.67 a`` m/s.
     It is applied every 2 s to the vehicles present.
 
-    Reward of a step, dimensionless: ``0.5 (v / 27.78 - 0.6)`` with v = vehicle-km by vehicle-hours in the step, those
-    who wait to enter counted, less up to 0.03 for disobeying the dispatcher (share of CAVs above an instructed speed
-    limit; ramp action against a ramp order). ``info["reward_terms"]`` has the parts.
-    ``info["metrics"]`` at the end: average_speed (m/s; v over the episode), throughput (veh/h), hard_brakings
-    (vehicles braking harder than 3 m/s^2 at the end of a step), collisions (vehicle-steps), mean_backlog (veh),
-    disobedience (mean share, 0 to 1). ``info["state"]``: privileged truth, see ``task_card.state_names``.
+    Reward of a step, dimensionless, the sum of ``info["reward_terms"]``:
+        speed: ``0.5 (v / 27.78 - 0.6)``, v = vehicle-km by vehicle-hours in the step, those who wait to enter counted.
+        safety: ``-safety_weight`` times the share (0 to 1) of the vehicles approaching a broken-down one that do so on
+            its lane, which is what ends in secondary collisions and hard braking.
+        speed_limit: ``-order_weight`` times the share (0 to 1) of CAVs above an instructed speed limit.
+        ramp_order: ``-order_weight`` times the holding of the ramp (0 to 1) against an order for its priority, or the
+            lack of it against an order to hold it.
+    ``info["metrics"]`` at the end of an episode: average_speed (m/s; v over the episode), throughput (veh/h),
+    travel_time (s, of the vehicles that arrived, waiting to enter included), hard_brakings (vehicles braking harder
+    than 3 m/s^2 at the ends of steps), collisions (vehicle-steps of the simulation), co2 (g per vehicle-km, SUMO's
+    HBEFA rate at the ends of steps), mean_backlog (vehicles waiting to enter), exposure (mean share, as in safety),
+    disobedience (mean share, as in the order terms, 0 to 1). ``info["state"]``: privileged truth, see
+    ``task_card.state_names``.
 
     Args:
-        scene: ``"full"``, 1.9 km, or ``"small"``, 0.7 km with an incident in every episode, for short searches.
-            Arguments left None take the scene's value (``SCENES``).
+        scene: ``"full"``, 1.9 km; ``"small"``, 0.7 km with an incident in every episode, for short searches; or
+            ``"sources"``, two lanes and short episodes, in which any one of the five sources alone carries the news,
+            lanes are the only control and safety counts. Arguments left None take the scene's value (``SCENES``).
         lanes: through lanes, 2 to 8.
+        length: of the road, m, 400 to 20,000; all its parts are stretched alike. Vehicles need time to fill a longer
+            one: see ``warm_up``.
+        humans: SUMO's attributes of the human drivers that differ from Krauss's model with an imperfection ``sigma``
+            of 0.5 (CAVs: 0.3), e.g. ``{"sigma": 0.9, "tau": 1.5}`` or ``{"carFollowModel": "EIDM"}``.
         cav_share: share of CAVs in the demand, 0 to 1.
         main_flow, ramp_flow: (lowest, highest) demand in veh/h; an episode draws one in between.
         step_length: of the simulation, s, 0.1 to 1.
@@ -99,26 +101,32 @@ class MixedTrafficEnv(gym.Env):
         detector_noise: relative standard deviation of detector readings.
         history_length: T.
         sequence_length: N.
-        news_weights: weights of episodes whose incident is told by (text, camera, both).
+        news: weights of the sources that tell of the incident, e.g. ``{"camera": 1, "instruction+traffic": 2}``: in two
+            of three episodes the message and the detectors by lane tell, in the third the camera alone.
         order_weights: weights of what the message says when it does not tell of an incident: (nothing, a speed
             limit, ramp priority, ramp hold).
+        safety_weight, order_weight: of the reward's terms.
+        controls: what the action holds, some of ``"speeds"``, ``"lanes"`` and ``"ramp"``.
         wordings: ``"train"`` or ``"held_out"`` wordings of the messages.
-        render_mode: ``"rgb_array"`` or None.
+        client: ``"libsumo"``, or ``"traci"``: SUMO in a process of its own, over a socket, slower.
+        render_mode: ``"rgb_array"``, ``"human"`` (sumo-gui, over a socket) or None.
 
     One simulation runs per process: ``reset`` of a second environment raises; use ``SubprocVecEnv``. The same seed
     gives the same trajectory, in any process.
 
     Raises:
-        LacerError: for impossible arguments or actions, a missing or failing SUMO.
+        LacerError: for impossible arguments or actions, a missing or failing SUMO, a full disk.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 1, "one_per_process": True}  # noqa: RUF012
+    metadata = {"render_modes": ["rgb_array", "human"], "render_fps": 1, "one_per_process": True}  # noqa: RUF012
 
     def __init__(
         self,
-        scene: Literal["full", "small"] = "full",
+        scene: Literal["full", "small", "sources"] = "full",
         *,
         lanes: int | None = None,
+        length: float | None = None,
+        humans: Mapping[str, str | float] | None = None,
         cav_share: float = 0.9,
         main_flow: tuple[float, float] | None = None,
         ramp_flow: tuple[float, float] | None = None,
@@ -130,57 +138,64 @@ class MixedTrafficEnv(gym.Env):
         detector_noise: float = 0.05,
         history_length: int = 8,
         sequence_length: int = 24,
-        news_weights: Sequence[float] | None = None,
-        order_weights: Sequence[float] = (0.4, 0.2, 0.2, 0.2),
+        news: Mapping[str, float] | None = None,
+        order_weights: Sequence[float] | None = None,
+        safety_weight: float | None = None,
+        order_weight: float | None = None,
+        controls: Sequence[str] | None = None,
         wordings: Literal["train", "held_out"] = "train",
+        client: Literal["libsumo", "traci"] = "libsumo",
         render_mode: str | None = None,
     ) -> None:
         if scene not in SCENES:
             raise UnknownNameError("scene", str(scene), SCENES)
         given = {
-            "lanes": lanes, "main_flow": main_flow, "ramp_flow": ramp_flow, "step_length": step_length,
+            "lanes": lanes, "length": length, "humans": humans, "cav_share": cav_share, "main_flow": main_flow,
+            "ramp_flow": ramp_flow, "step_length": step_length, "control_interval": control_interval,
             "warm_up": warm_up, "horizon": horizon, "incident_probability": incident_probability,
-            "news_weights": news_weights,
+            "detector_noise": detector_noise, "history_length": history_length, "sequence_length": sequence_length,
+            "news": news, "order_weights": order_weights, "safety_weight": safety_weight,
+            "order_weight": order_weight, "controls": controls,
         }
-        p = SCENES[scene] | {k: v for k, v in given.items() if v is not None}
-        _check(p, cav_share=cav_share, control_interval=control_interval, detector_noise=detector_noise,
-               history_length=history_length, sequence_length=sequence_length, order_weights=order_weights)
+        p = self._p = {"humans": {}, **SCENES[scene]} | {k: v for k, v in given.items() if v is not None}
+        check(p)
         if wordings not in text.WORDINGS:
             raise UnknownNameError("set of wordings", str(wordings), text.WORDINGS)
-        if render_mode == "human":
-            raise LacerError('render_mode="human" is not supported; use "rgb_array" and show the pictures yourself')
-        if render_mode not in (None, "rgb_array"):
+        if render_mode not in (None, *self.metadata["render_modes"]):
             raise UnknownNameError("render mode", str(render_mode), self.metadata["render_modes"])
-        self.scene, self.cav_share, self.wordings, self.render_mode = scene, cav_share, wordings, render_mode
-        self.control_interval, self.detector_noise = float(control_interval), float(detector_noise)
-        self.order_weights = tuple(map(float, order_weights))
-        self.history_length, self.sequence_length = history_length, sequence_length
-        self._p = p
+        if client not in ("libsumo", "traci"):
+            raise UnknownNameError("client", str(client), ("libsumo", "traci"))
+        self.scene, self.wordings, self.render_mode = scene, wordings, render_mode
+        self.control_interval = float(p["control_interval"])
         self.horizon, self.warm_up = float(p["horizon"]), float(p["warm_up"])
-        self.road = Motorway(
-            p["lanes"], p["drop"], p["in_length"], p["segment_lengths"], p["out_length"], p["ramp_length"])
+        self.history_length, self.sequence_length = history_length, sequence_length
+        self.safety_weight, self.order_weight = float(p["safety_weight"]), float(p["order_weight"])
+        self.road = motorway(p)
+        self._carriers = {"instruction", "camera", *(n for key in p["news"] for n in key.split("+"))}
+        self._counted: tuple[int, ...] = p["incident_segments"] if "history" in self._carriers else ()
         self._camera = Camera(self.road)
+        self._detectors = sensors.Detectors(
+            self.road, detector_noise, p["incident_segments"] if "traffic" in self._carriers else ())
+        self._client: Client = "gui" if render_mode == "human" else client
         self._sim: Simulation | None = None
         self._folder: Path | None = None
         self._net: Path | None = None
 
-        n_seg, n_lanes = self.road.segments, self.road.lanes
-        n_act = n_seg + n_lanes + 1
+        n_lanes = self.road.lanes
+        sizes = {"speeds": self.road.segments, "lanes": n_lanes, "ramp": 1}
+        self._slices: dict[str, slice] = {}
+        n_act = 0
+        for name in CONTROLS:
+            size = sizes[name] if name in p["controls"] else 0
+            self._slices[name] = slice(n_act, n_act + size)
+            n_act += size
         self.action_space = spaces.Box(-1.0, 1.0, (n_act,), np.float32)
         self.task_card = TaskCard(
             env_id="lacer/MixedTraffic-v0",
-            sources={s.name: s for s in self._sources(n_seg, n_lanes, n_act)},
+            sources={s.name: s for s in self._sources(n_act)},
             action_space=self.action_space,
             objective=Objective("average_speed", "m/s"),
-            description=(
-                f"Motorway of {self.road.length:.0f} m with {n_lanes} lanes, an on-ramp and a lane drop, "
-                f"{cav_share:.0%} of the vehicles connected and automated (CAVs). Every {control_interval:g} s set "
-                f"{n_seg} segment speeds, {n_lanes} lane weights (the largest above 0.3 is the lane that CAVs clear "
-                "before the incident area) and the holding of the ramp. A vehicle may break down on a lane: clearing "
-                "that lane early gains most, clearing another one costs most. The lane is told by the text in some "
-                "episodes, only visible to the camera in others. Segment averages hardly show it. Maximise the "
-                "average speed over an episode, waiting vehicles counted."
-            ),
+            description=self._description(),
             state_names=(
                 "incident_active", *(f"incident_lane_{k}" for k in range(n_lanes)), "incident_km", "queue_length",
                 "ramp_queue", "backlog", "vehicles", "mean_speed", "actual_cav_share", "main_demand", "ramp_demand",
@@ -190,22 +205,58 @@ class MixedTrafficEnv(gym.Env):
         )
         self.observation_space = self.task_card.observation_space
 
-    def _sources(self, n_seg: int, n_lanes: int, n_act: int) -> list[SourceSpec]:
+    def _description(self) -> str:
+        p, n_seg, n_lanes = self._p, self.road.segments, self.road.lanes
+        sets = {
+            "speeds": f"{n_seg} segment speeds",
+            "lanes": f"{n_lanes} lane weights (the largest above 0.3 is the lane that CAVs clear before the incident "
+                     "area)",
+            "ramp": "the holding of the ramp",
+        }
+        parts = [sets[c] for c in CONTROLS if c in p["controls"]]
+        listed = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+        if self._carriers == {"instruction", "camera"}:
+            told = ("The lane is told by the text in some episodes, only visible to the camera in others. Segment "
+                    "averages hardly show it.")
+        else:
+            total = sum(p["news"].values())
+            told = "Which source tells the lane differs between episodes: " + ", ".join(
+                f"{name} {w / total:.0%}" for name, w in p["news"].items()) + "."
+        return (
+            f"Motorway of {self.road.length:.0f} m with {n_lanes} lanes, an on-ramp and a lane drop, "
+            f"{p['cav_share']:.0%} of the vehicles connected and automated (CAVs). Every {self.control_interval:g} s "
+            f"set {listed}. A vehicle may break down on a lane: clearing that lane early gains most, clearing another "
+            f"one costs most. {told} Maximise the average speed over an episode, waiting vehicles counted."
+            + (" The reward also falls with the share of vehicles that approach a broken-down one on its lane."
+               if self.safety_weight else "")
+        )
+
+    def _sources(self, n_act: int) -> list[SourceSpec]:
         def box(*shape: int) -> spaces.Box:
             return spaces.Box(-2.0, 2.0, shape, np.float32)
 
+        lanes, carry = self.road.lanes, self._carriers
+        silent = " On some days lanes are not told apart."
         return [
-            SourceSpec("traffic", "vector", box(4 * (n_seg + 1) + 2 * n_seg * n_lanes + 2),
+            SourceSpec("traffic", "vector", box(self._detectors.size),
                        "Detectors now, noisy: density, mean speed, spread of speed and CAV share of each road segment, "
-                       "then density and speed of each lane of each segment, then density and speed of the ramp."),
-            SourceSpec("history", "series", box(self.history_length, 3 * (n_seg + 1) + n_act),
-                       "The last control intervals: speed, density and flow of each segment, and the actions taken."),
-            SourceSpec("sequence", "set", box(self.sequence_length, 7),
+                       "then density and speed of each lane of each segment, then density and speed of the ramp."
+                       + (" Last: alarm for a standing vehicle, by lane, where breakdowns happen." + silent
+                          if "traffic" in carry else "")),
+            SourceSpec("history", "series",
+                       box(self.history_length, self._detectors.summary + len(self._counted) * lanes + n_act),
+                       "The last control intervals: speed, density and flow of each segment, "
+                       + ("vehicles counted on each lane where breakdowns happen, " if "history" in carry else "")
+                       + "and the actions taken." + (silent if "history" in carry else "")),
+            SourceSpec("sequence", "set",
+                       box(self.sequence_length, sensors.VEHICLE_COLUMNS + ("sequence" in carry) * lanes),
                        "Vehicles before the end of the on-ramp merge, nearest first: present, distance to the end of "
-                       "the merge, lane, speed, gap ahead, is a CAV, came by the ramp."),
+                       "the merge, lane, speed, gap ahead, is a CAV, came by the ramp"
+                       + (", lane on which it reports itself broken down." + silent if "sequence" in carry else ".")),
             SourceSpec("camera", "image", spaces.Box(0, 255, (SIZE, SIZE, 3), np.uint8),
                        "Bird's-eye picture, one strip per segment with its lanes as rows: occupancy, speed, CAV; a "
-                       "broken-down vehicle is brighter; on foggy days it is nearly blind."),
+                       "broken-down vehicle is brighter; on foggy days it is nearly blind."
+                       + (" Lights show a blocked lane as closed." if len(carry) > 2 else "")),
             SourceSpec("instruction", "text", spaces.Text(text.MAX_LENGTH, min_length=1, charset=text.CHARSET),
                        "Dispatcher's message in plain English: an incident with its lane and kilometre, a temporary "
                        "speed limit, ramp priority, ramp holding, or nothing in particular."),
@@ -215,36 +266,42 @@ class MixedTrafficEnv(gym.Env):
         super().reset(seed=seed)
         if self._sim is not None:
             self._sim.close()
+            self._sim = None
         p, road, rng = self._p, self.road, self.np_random
         low, high = p["incident_delay"]
         self._episode: Episode = draw_episode(
-            rng, road, cav_share=self.cav_share, main_flow=p["main_flow"], ramp_flow=p["ramp_flow"],
+            rng, road, cav_share=p["cav_share"], main_flow=p["main_flow"], ramp_flow=p["ramp_flow"],
             incident_probability=p["incident_probability"], incident_start=(self.warm_up + low, self.warm_up + high),
-            incident_segments=p["incident_segments"], incident_place=p["incident_place"],
-            news_weights=tuple(p["news_weights"]),
-            order_weights=self.order_weights,  # type: ignore[arg-type]
-            end=self.warm_up + self.horizon,
+            incident_segments=p["incident_segments"], incident_place=p["incident_place"], news=p["news"],
+            order_weights=tuple(p["order_weights"]), end=self.warm_up + self.horizon,
         )
         self._wording = float(rng.random())
         self._net = self._net or road.build()
-        if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="lacer-traffic-"))
-        routes = self._folder / "routes.xml"
-        self._episode.write_routes(routes, road)
+        try:
+            if self._folder is None or not self._folder.is_dir():
+                self._folder = Path(tempfile.mkdtemp(prefix="lacer-traffic-"))
+            routes = self._folder / "routes.xml"
+            self._episode.write_routes(routes, road, p["humans"])
+        except OSError as e:
+            raise LacerError(f"cannot write the episode's vehicles: {e}; free some space or set TMPDIR to another "
+                             "folder, then reset() again") from e
         self._sim = Simulation(
             road, routes, net=self._net, seed=self._episode.sumo_seed, step_length=p["step_length"],
-            departs=np.array([t.depart for t in self._episode.trips]), incident=self._episode.incident,
-            clear_zone=p["clear_segments"],
+            departs=[t.depart for t in self._episode.trips], incident=self._episode.incident,
+            clear_zone=p["clear_segments"], counted=self._counted, interval=self.control_interval, client=self._client,
         )
-        self._sim.run(self.warm_up)
-        self._elapsed, self._total, self._disobeyed = 0.0, Tally(), 0.0
+        self._elapsed, self._total, self._disobeyed, self._exposed = 0.0, Tally(), 0.0, 0.0
         n_act = self.action_space.shape[0]  # type: ignore[index]
-        width = self.task_card.sources["history"].shape[1]
+        width = self._detectors.summary + len(self._counted) * road.lanes + n_act
         self._history: deque[np.ndarray] = deque(
             [np.zeros(width, np.float32)] * self.history_length, maxlen=self.history_length)
         self._action = np.zeros(n_act, np.float32)
-        obs = self._observe()
-        return obs, {"state": self._state()}
+        remembered = min(self.history_length, int(self.warm_up / self.control_interval)) - 1 if self._counted else 0
+        self._sim.run(self.warm_up - remembered * self.control_interval)
+        for _ in range(remembered):
+            self._read_detectors()
+            self._sim.run(self.control_interval)
+        return self._observe(), {"state": self._state()}
 
     def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
         if self._sim is None or self._sim.sumo is None:
@@ -253,8 +310,8 @@ class MixedTrafficEnv(gym.Env):
             a = np.asarray(action, np.float64)
         except (TypeError, ValueError):
             a = np.zeros(0)
-        if a.shape != self.action_space.shape or not np.isfinite(a).all():
-            raise LacerError(f"action must be {self.action_space.shape} finite numbers, not {action!r}")
+        if a.shape != self.action_space.shape or not (np.abs(a) <= 1 + 1e-6).all():  # NaN is not either
+            raise LacerError(f"action must be {self.action_space.shape} finite numbers from -1 to 1, not {action!r}")
         a = np.clip(a, -1, 1)
         order = self._order_in_force()
         tally = self._sim.run(self.control_interval, self.command(a))
@@ -262,30 +319,38 @@ class MixedTrafficEnv(gym.Env):
         self._elapsed += self.control_interval
         self._action = a.astype(np.float32)
         obs = self._observe()
+        exposure = self._exposure()
         limit, ramp = self._disobedience(order, a)
-        terms = {"speed": 0.5 * (tally.speed / MAIN_LIMIT - 0.6), "speed_limit": -ORDER_WEIGHT * limit,
-                 "ramp_order": -ORDER_WEIGHT * ramp}
+        terms = {"speed": 0.5 * (tally.speed / MAIN_LIMIT - 0.6), "safety": -self.safety_weight * exposure,
+                 "speed_limit": -self.order_weight * limit, "ramp_order": -self.order_weight * ramp}
         self._disobeyed += (limit + ramp) * self.control_interval
+        self._exposed += exposure * self.control_interval
         info: dict[str, Any] = {"state": self._state(), "reward_terms": terms}
         done = self._elapsed >= self.horizon - 1e-6
         if done:
             t = self._total
             info["metrics"] = {
                 "average_speed": t.speed, "throughput": t.arrived * 3600 / self.horizon,
-                "hard_brakings": float(t.hard), "collisions": float(t.collisions),
-                "mean_backlog": t.waiting / self.horizon, "disobedience": self._disobeyed / self.horizon,
+                "travel_time": t.travelled / max(t.arrived, 1), "hard_brakings": float(t.hard),
+                "collisions": float(t.collisions), "co2": t.co2 / max(t.metres / 1000, 1e-9),
+                "mean_backlog": t.waiting / self.horizon, "exposure": self._exposed / self.horizon,
+                "disobedience": self._disobeyed / self.horizon,
             }
         return obs, float(sum(terms.values())), False, done, info
 
     def command(self, action: np.ndarray) -> Command:
         """What an action (A,) in [-1, 1] tells the vehicles."""
-        n_seg, n_lanes = self.road.segments, self.road.lanes
-        speeds, lanes, ramp = action[:n_seg], action[n_seg:n_seg + n_lanes], float(action[-1])
+        speeds, lanes = action[self._slices["speeds"]].tolist(), action[self._slices["lanes"]].tolist()
+        hold = self._hold(action)
         return Command(
-            tuple(MAIN_LIMIT - (MAIN_LIMIT - SLOWEST) * float(s) ** 2 if s < 0 else np.inf for s in speeds),
-            int(np.argmax(lanes)) if lanes.max() > CLEAR_ABOVE else None,
-            RAMP_LIMIT - (RAMP_LIMIT - SLOWEST_RAMP) * ramp if ramp > 0 else np.inf,
+            tuple([MAIN_LIMIT - (MAIN_LIMIT - SLOWEST) * s ** 2 if s < 0 else np.inf for s in speeds]),
+            lanes.index(max(lanes)) if max(lanes, default=-1.0) > CLEAR_ABOVE else None,
+            RAMP_LIMIT - (RAMP_LIMIT - SLOWEST_RAMP) * hold if hold > 0 else np.inf,
         )
+
+    def _hold(self, action: np.ndarray) -> float:
+        """How much the ramp is held, 0 to 1."""
+        return max(0.0, *action[self._slices["ramp"]].tolist(), 0.0)
 
     def close(self) -> None:
         """End the simulation and give the process's place to other environments; ``reset`` starts anew."""
@@ -300,15 +365,20 @@ class MixedTrafficEnv(gym.Env):
         self.close()
 
     def render(self) -> np.ndarray | None:
-        """The road as an RGB picture (H, W, 3) uint8, or None without a render mode."""
+        """The road as an RGB picture (H, W, 3) uint8 in mode ``rgb_array``; None in mode ``human``, whose window shows
+        every step by itself, and without a render mode."""
         if self.render_mode is None:
             gym.logger.warn('render() needs render_mode="rgb_array"')
             return None
         if self._sim is None or self._sim.sumo is None:
             raise LacerError("call reset() before render()")
+        if self.render_mode == "human":
+            return None
         from lacer.envs.traffic.drawing import draw
 
-        return draw(self.road, self._seen, self._message(), self._state(), self._total, self._action, self._elapsed)
+        parts = {name: self._action[part] for name, part in self._slices.items() if part.stop > part.start}
+        said = self._message() if "instruction" in self.observation_space.spaces else None
+        return draw(self.road, self._seen, said, self._state(), self._total, parts, self._elapsed)
 
     # What is going on
 
@@ -319,7 +389,7 @@ class MixedTrafficEnv(gym.Env):
     @property
     def _told(self) -> bool:
         """Whether the message in force is about the incident."""
-        return self._incident_active and self._episode.news != "camera"
+        return self._incident_active and "instruction" in self._episode.news
 
     def _order_in_force(self) -> str | None:
         return None if self._told else self._episode.order.kind
@@ -327,6 +397,18 @@ class MixedTrafficEnv(gym.Env):
     def _message(self) -> str:
         e = self._episode
         return text.message(self.road, self.wordings, self._wording, e.incident if self._told else None, e.order)
+
+    def _exposure(self) -> float:
+        """Share of the vehicles approaching a broken-down one that do so on its lane."""
+        incident = self._episode.incident
+        if not self._incident_active or incident is None:
+            return 0.0
+        s, road = self._seen, self.road
+        first = road.starts[self._p["clear_segments"][0]]
+        last = road.starts[incident.stretch] + incident.position
+        near = [k for i, (x, k) in enumerate(zip(s.xs, s.lanes, strict=True))
+                if first <= x < last and k >= 0 and i != s.stopped]
+        return near.count(incident.lane) / len(near) if near else 0.0
 
     def _disobedience(self, order: str | None, a: np.ndarray) -> tuple[float, float]:
         """(share of CAVs over an instructed limit, opposition to a ramp order), each 0 to 1."""
@@ -336,24 +418,26 @@ class MixedTrafficEnv(gym.Env):
             over = there & (s.speed > o.speed + 1.0)
             return float(over.sum() / max(there.sum(), 1)), 0.0
         if order == "ramp_priority":
-            return 0.0, float(max(a[-1], 0.0))
+            return 0.0, self._hold(a)
         if order == "ramp_hold":
-            return 0.0, float(1.0 - max(a[-1], 0.0))
+            return 0.0, 1.0 - self._hold(a)
         return 0.0, 0.0
 
     def _state(self) -> dict[str, float]:
         e, s, active = self._episode, self._seen, self._incident_active
         i = e.incident if active else None
-        ramp, order = s.edge < 0, self._order_in_force()
+        order = self._order_in_force()
         lanes = {f"incident_lane_{k}": float(i is not None and i.lane == k) for k in range(self.road.lanes)}
         n = len(s.ids)
+        standing = [v < 5 for v in s.speeds]
+        queue, on_ramp = sum(standing), sum(standing[n - s.counts[-1]:])
         return {
             "incident_active": float(active), **lanes,
             "incident_km": (self.road.starts[i.stretch] + i.position) / 1000 if i else 0.0,
-            "queue_length": float((~ramp & (s.speed < 5)).sum()), "ramp_queue": float((ramp & (s.speed < 5)).sum()),
+            "queue_length": float(queue - on_ramp), "ramp_queue": float(on_ramp),
             "backlog": float(self._sim.backlog) if self._sim else 0.0,
-            "vehicles": float(n), "mean_speed": float(s.speed.mean()) if n else MAIN_LIMIT,
-            "actual_cav_share": float(s.cav.mean()) if n else 0.0,
+            "vehicles": float(n), "mean_speed": sum(s.speeds) / n if n else MAIN_LIMIT,
+            "actual_cav_share": sum(s.cavs) / n if n else 0.0,
             "main_demand": e.main_flow, "ramp_demand": e.ramp_flow,
             "speed_limit_order": e.order.speed if order == "speed_limit" else 0.0,
             "ramp_order": {"ramp_priority": 1.0, "ramp_hold": -1.0}.get(order or "", 0.0),
@@ -361,103 +445,34 @@ class MixedTrafficEnv(gym.Env):
 
     # Observation
 
+    def _read_detectors(self) -> np.ndarray:
+        """Append to the history; what ``traffic`` shows."""
+        assert self._sim is not None
+        news = self._episode.news
+        traffic, past = self._detectors.read(
+            self._sim.seen, self.np_random, "traffic" in news or "traffic" not in self._carriers)
+        parts = [past, self._action]
+        if self._counted:
+            parts.insert(1, sensors.counters(self._sim.counts(), self.control_interval, "history" in news))
+        self._history.append(np.concatenate(parts))
+        return traffic
+
     def _observe(self) -> dict[str, Any]:
         assert self._sim is not None
         s = self._seen = self._sim.seen
-        traffic, past = self._detectors(s)
-        self._history.append(np.concatenate([past, self._action]).clip(-2, 2).astype(np.float32))
-        image = self._camera.draw(s.edge, s.lane, s.position, s.speed, s.cav, s.broken)
-        if self._episode.incident and self._episode.news == "text":
-            image = fog(image, self.np_random)
+        news, carry = self._episode.news, self._carriers
+        traffic = self._read_detectors()
+        incident, any_source = self._episode.incident, len(carry) > 2
+        if any_source and incident and "camera" not in news:
+            image = fog(None, self.np_random)
+        else:
+            lit = (incident.stretch, incident.lane) if any_source and incident and self._incident_active else None
+            image = self._camera.draw(s, lit)
+            if incident and "camera" not in news:
+                image = fog(image, self.np_random)
+        reports = "sequence" in news if "sequence" in carry else None
         return {
-            "traffic": traffic, "history": np.stack(self._history), "sequence": self._vehicles(s), "camera": image,
-            "instruction": self._message(),
+            "traffic": traffic, "history": np.stack(self._history),
+            "sequence": sensors.vehicles(self.road, s, self.sequence_length, reports is not False, reports),
+            "camera": image, "instruction": self._message(),
         }
-
-    def _detectors(self, s: Snapshot) -> tuple[np.ndarray, np.ndarray]:
-        """Now, as in ``traffic``; and (speed, density, flow) of each segment, as in ``history``."""
-        road = self.road
-        stretches, lanes, m = road.stretches[1:], road.lanes, len(road.stretches) - 1
-
-        def by(index: np.ndarray, size: int, weight: np.ndarray | None = None) -> np.ndarray:
-            return np.bincount(index, weight, size)[:size].astype(float)
-
-        on = s.edge >= 1
-        k, v = s.edge[on] - 1, s.speed[on]
-        n = by(k, m)
-        some = np.maximum(n, 1)
-        speed = np.where(n > 0, by(k, m, v) / some, MAIN_LIMIT)
-        spread = np.sqrt(np.maximum(by(k, m, v * v) / some - (by(k, m, v) / some) ** 2, 0))
-        share = by(k, m, s.cav[on].astype(float)) / some
-        space = np.array([t.length * t.lanes for t in stretches])
-        density = n / space
-        cell = (s.edge >= 1) & (s.edge <= road.segments) & (s.lane >= 0)
-        at = (s.edge[cell] - 1) * lanes + s.lane[cell]
-        size = road.segments * lanes
-        nl = by(at, size)
-        vl = np.where(nl > 0, by(at, size, s.speed[cell]) / np.maximum(nl, 1), MAIN_LIMIT)
-        dl = nl / np.repeat([t.length for t in stretches[:-1]], lanes)
-        ramp = s.edge < 0
-        nr = ramp.sum()
-        vr = s.speed[ramp].mean() if nr else RAMP_LIMIT
-        noise = self.np_random.normal(1.0, self.detector_noise, 4 * m + 2 * size + 2)
-        clean = np.concatenate([
-            np.stack([density / _JAM, speed / MAIN_LIMIT, spread / 10, share], 1).ravel(),
-            np.stack([dl / _JAM, vl / MAIN_LIMIT], 1).ravel(),
-            [nr / road.ramp_length / _JAM, vr / RAMP_LIMIT],
-        ])
-        now = (clean * noise).clip(0, 2).astype(np.float32)
-        head = now[:4 * m].reshape(m, 4)
-        flow = head[:, 0] * _JAM * head[:, 1] * MAIN_LIMIT / 0.5
-        return now, np.stack([head[:, 1], head[:, 0], flow], 1).ravel()
-
-    def _vehicles(self, s: Snapshot) -> np.ndarray:
-        out = np.zeros((self.sequence_length, 7), np.float32)
-        x, lane = s.x, s.lane
-        order = np.lexsort((x, lane))  # by lane, then along the road
-        gap = np.full(len(x), 100.0)
-        if len(x) > 1:
-            a, b = order[:-1], order[1:]
-            gap[a] = np.where(lane[a] == lane[b], x[b] - x[a] - 5.0, 100.0)
-        before = np.flatnonzero(x <= self.road.merge_end)
-        chosen = before[np.argsort(self.road.merge_end - x[before], kind="stable")][: self.sequence_length]
-        n = len(chosen)
-        out[:n, 0] = 1
-        out[:n, 1] = (self.road.merge_end - x[chosen]) / 500
-        out[:n, 2] = (lane[chosen] + 1) / self.road.lanes
-        out[:n, 3] = s.speed[chosen] / MAIN_LIMIT
-        out[:n, 4] = gap[chosen].clip(0, 100) / 100
-        out[:n, 5] = s.cav[chosen]
-        out[:n, 6] = [s.ids[i][1] == "r" for i in chosen]
-        return out.clip(-2, 2)
-
-
-def _check(p: Mapping[str, Any], **more: Any) -> None:
-    """Reject what cannot be simulated, naming the argument and what it may be."""
-    v = {**p, **more}
-
-    def need(ok: Any, name: str, rule: str) -> None:
-        if not ok:
-            raise LacerError(f"{name} must be {rule}, not {v[name]!r}")
-
-    need(isinstance(v["lanes"], int | np.integer) and 2 <= v["lanes"] <= 8, "lanes", "a whole number from 2 to 8")
-    for name in ("cav_share", "incident_probability"):
-        need(0 <= v[name] <= 1, name, "between 0 and 1")
-    for name in ("main_flow", "ramp_flow"):
-        need(np.shape(v[name]) == (2,) and 0 <= v[name][0] <= v[name][1] <= 20000, name,
-             "(lowest, highest) vehicles per hour with 0 <= lowest <= highest")
-    for name in ("news_weights", "order_weights"):
-        size = 3 if name == "news_weights" else 4
-        need(np.shape(v[name]) == (size,) and min(v[name]) >= 0 and sum(v[name]) > 0, name,
-             f"{size} weights, none negative and not all zero")
-    step, control = v["step_length"], v["control_interval"]
-    need(0.1 <= step <= 1 and abs(REAPPLY / step - round(REAPPLY / step)) < 1e-6, "step_length",
-         f"between 0.1 and 1 and a part of {REAPPLY:g} s")
-    need(control >= REAPPLY and abs(control / REAPPLY - round(control / REAPPLY)) < 1e-6, "control_interval",
-         f"a multiple of {REAPPLY:g} s")
-    need(v["warm_up"] >= 0, "warm_up", "0 or more seconds")
-    need(v["horizon"] >= control and abs(v["horizon"] / control - round(v["horizon"] / control)) < 1e-6, "horizon",
-         f"a multiple of control_interval ({control:g} s)")
-    need(0 <= v["detector_noise"] <= 1, "detector_noise", "between 0 and 1")
-    for name in ("history_length", "sequence_length"):
-        need(isinstance(v[name], int | np.integer) and v[name] >= 1, name, "a whole number of at least 1")

@@ -38,6 +38,17 @@ class Stretch:
 
 
 @dataclass(frozen=True)
+class Place:
+    """One lane of one edge: SUMO's name, number of the stretch (-1: ramp), through lane from the right (-1: ramp and
+    acceleration lane), where the edge begins (m from the start of the road)."""
+
+    name: str
+    edge: int
+    lane: int
+    start: float
+
+
+@dataclass(frozen=True)
 class Motorway:
     """A straight motorway, driven from left to right; through lanes are numbered from the right, starting at 0.
 
@@ -74,6 +85,13 @@ class Motorway:
             out.append(x)
             x += s.length
         return tuple(out)
+
+    @cached_property
+    def places(self) -> tuple[Place, ...]:
+        """All lanes: stretch by stretch, from the right, then the ramp."""
+        main = [Place(f"{s.name}_{k}", e, k - s.offset, self.starts[e])
+                for e, s in enumerate(self.stretches) for k in range(s.lanes + s.offset)]
+        return (*main, Place("ramp_0", -1, -1, self.starts[2] - self.ramp_length))
 
     @property
     def length(self) -> float:

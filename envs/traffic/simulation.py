@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
+import itertools
 import os
+import shutil
+import subprocess
+import sys
 import weakref
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,6 +28,8 @@ HARD = -3.0
 _FREE = 36.0  # maxSpeed of the vehicle types: no cap
 _PRESSING = 0b10101010101  # lane-change mode: as by default, but commanded changes only avoid immediate collisions
 
+Client = Literal["libsumo", "traci", "gui"]
+_labels = itertools.count()
 _holder: tuple[int, weakref.ref[Simulation]] | None = None
 
 
@@ -41,45 +49,91 @@ class Command:
 
     @property
     def capped(self) -> bool:
-        return bool(np.isfinite(self.ramp_cap) or np.isfinite(self.segment_caps).any())
+        return self.ramp_cap < np.inf or min(self.segment_caps, default=np.inf) < np.inf
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All vehicles at one moment, arrays of shape (n,).
+    """All vehicles at one moment: lists, lane by lane as in ``road.places``, and arrays of shape (n,) of the same.
+
+    Sensors read the lists in plain Python: a road has some fifty vehicles, and between steps of the simulation each
+    operation on arrays takes some microseconds, whatever their length.
 
     Attributes:
+        counts: vehicles on each lane.
         ids: SUMO's names.
-        edge: index of the stretch, -1 for the ramp.
-        lane: through lane from the right, -1 for ramp and acceleration lane.
-        position: front bumper, m on its edge.
-        x: front bumper, m from the start of the road.
-        speed: m/s.
-        cav: connected and automated.
-        broken: the vehicle of the incident.
+        positions: front bumper, m on its edge.
+        speeds: m/s.
+        stopped: place of the incident's vehicle in the lists.
     """
 
+    road: Motorway
+    counts: list[int]
     ids: list[str]
-    edge: np.ndarray
-    lane: np.ndarray
-    position: np.ndarray
-    x: np.ndarray
-    speed: np.ndarray
-    cav: np.ndarray
-    broken: np.ndarray
+    positions: list[float]
+    speeds: list[float]
+    stopped: int | None
+
+    @cached_property
+    def lanes(self) -> list[int]:
+        """Through lane from the right, -1 for ramp and acceleration lane."""
+        return [place.lane for place, n in zip(self.road.places, self.counts, strict=True) for _ in range(n)]
+
+    @cached_property
+    def xs(self) -> list[float]:
+        """Front bumper, m from the start of the road."""
+        out: list[float] = []
+        for place, n in zip(self.road.places, self.counts, strict=True):
+            start, i = place.start, len(out)
+            out += [x + start for x in self.positions[i:i + n]]
+        return out
+
+    @cached_property
+    def edge(self) -> np.ndarray:
+        """Number of the stretch, -1 for the ramp."""
+        return np.repeat([place.edge for place in self.road.places], self.counts)
+
+    @cached_property
+    def lane(self) -> np.ndarray:
+        return np.array(self.lanes, int)
+
+    @cached_property
+    def x(self) -> np.ndarray:
+        return np.array(self.xs, float)
+
+    @cached_property
+    def speed(self) -> np.ndarray:
+        return np.array(self.speeds, float)
+
+    @cached_property
+    def cavs(self) -> list[bool]:
+        """Connected and automated."""
+        return [v[0] == "c" for v in self.ids]
+
+    @cached_property
+    def cav(self) -> np.ndarray:
+        return np.array(self.cavs, bool)
+
+    @cached_property
+    def broken(self) -> np.ndarray:
+        """The vehicle of the incident."""
+        return np.arange(len(self.ids)) == (-1 if self.stopped is None else self.stopped)
 
 
 @dataclass
 class Tally:
-    """Sums over a time: metres driven, vehicle-seconds on the road and waiting to enter, vehicles that left, hard
-    brakings (at the end of the time only), vehicle-steps of collisions."""
+    """Sums over a time: metres driven, vehicle-seconds on the road and waiting to enter, vehicles that left and their
+    seconds since they wanted to enter, hard brakings (looked at when the time is over), vehicle-steps of collisions,
+    grams of CO2 (rate when the time is over, held for all of it)."""
 
     metres: float = 0.0
     driving: float = 0.0
     waiting: float = 0.0
     arrived: int = 0
+    travelled: float = 0.0
     hard: int = 0
     collisions: int = 0
+    co2: float = 0.0
 
     def add(self, other: Tally) -> None:
         for name, value in vars(other).items():
@@ -100,17 +154,22 @@ class Simulation:
         net: SUMO network file of the road.
         seed: SUMO's random seed.
         step_length: s.
-        departs: sorted departure times of all vehicles in the route file, s.
+        departs: sorted departure times of all vehicles in the route file, s; the number in a vehicle's name is its
+            place here.
         incident: the vehicle that breaks down, if any.
         clear_zone: stretches on which a lane is cleared.
+        counted: controlled segments that have a counter on every lane, at their end.
+        interval: seconds over which counters count.
+        client: ``"libsumo"``, in this process, ``"traci"``, over a socket, or ``"gui"``, sumo-gui over a socket.
 
     Raises:
         LacerError: if another simulation runs in this process, SUMO is missing, or it does not start.
     """
 
     def __init__(
-        self, road: Motorway, routes: Path, *, net: Path, seed: int, step_length: float, departs: np.ndarray,
-        incident: Incident | None, clear_zone: tuple[int, ...],
+        self, road: Motorway, routes: Path, *, net: Path, seed: int, step_length: float, departs: list[float],
+        incident: Incident | None, clear_zone: tuple[int, ...], counted: tuple[int, ...] = (),
+        interval: float = 10.0, client: Client = "libsumo",
     ) -> None:
         self.sumo: Any = None
         self.road, self.step_length, self.clear_zone = road, step_length, clear_zone
@@ -118,19 +177,38 @@ class Simulation:
         self._entered, self._left = 0, 0
         self.broken: str | None = None
         """The broken-down vehicle, while the incident lasts."""
-        self._departs, self._incident = departs.tolist(), incident
+        self._departs, self._incident = departs, incident
         self._caps: dict[str, float] = {}
         self._pressing: set[str] = set()
-        self._lanes = [
-            (f"{s.name}_{k}", e, k - s.offset) for e, s in enumerate(road.stretches) for k in range(s.lanes + s.offset)
-        ] + [("ramp_0", -1, -1)]
-        self._ramp_x = road.starts[2] - road.ramp_length
-        self._starts = np.array([*road.starts, self._ramp_x])
-        self.seen = self._snapshot([], [], [], [], [])
+        self._ramp_x, self._road_length = road.places[-1].start, road.length
+        self._lanes = [place.name for place in road.places]
+        self._edges = [s.name for s in road.stretches] + ["ramp"]
+        self.seen = Snapshot(road, [0] * len(self._lanes), [], [], [], None)
         """The vehicles at the end of the last :meth:`run`."""
-        self.sumo = self._start(net, routes, seed)
+        self._driven = 0.0  # sum of their places, m
+        counters = [f"s{i}_{k + road.stretches[i].offset}" for i in counted for k in range(road.lanes)]
+        self._counters, self._places = [f"count_{c}" for c in counters], len(counted)
+        command = [
+            "--net-file", str(net), "--route-files", str(routes), "--seed", str(seed), "--step-length",
+            str(step_length), "--time-to-teleport", "-1", "--collision.action", "warn", "--no-step-log", "true",
+            "--no-warnings", "true", "--duration-log.disable", "true", "--xml-validation", "never",
+        ]
+        if counters:
+            extra = routes.with_name("counters.add.xml")
+            try:
+                extra.write_text("<additional>\n" + "".join(
+                    f'<inductionLoop id="count_{c}" lane="{c}" pos="-5" period="{interval}" file="NUL"/>\n'
+                    for c in counters) + "</additional>\n")
+            except OSError as e:
+                raise LacerError(f"cannot write the list of counters: {e}") from e
+            command += ["--additional-files", str(extra)]
+        self.sumo = self._start(command) if client == "libsumo" else _connect(command, client)
+        self._errors = _failures()
+        simulation = self.sumo.simulation
+        self._calls = (self.sumo.simulationStep, simulation.getDepartedIDList, simulation.getArrivedIDList,
+                       simulation.getCollidingVehiclesNumber)  # looked up once: they are called in every step
 
-    def _start(self, net: Path, routes: Path, seed: int) -> Any:
+    def _start(self, options: list[str]) -> Any:
         global _holder
         sumo_home()
         try:
@@ -148,14 +226,8 @@ class Simulation:
                 raise LacerError("another program part runs a libsumo simulation in this process; close it first, or "
                                  "run this environment in a process of its own (SubprocVecEnv)")
             libsumo.close()  # left over from a collected environment, or inherited by a forked process
-        command = [
-            "sumo", "--net-file", str(net), "--route-files", str(routes), "--seed", str(seed),
-            "--step-length", str(self.step_length), "--time-to-teleport", "-1", "--collision.action", "warn",
-            "--no-step-log", "true", "--no-warnings", "true", "--duration-log.disable", "true",
-            "--xml-validation", "never",
-        ]
         try:
-            libsumo.start(command)
+            libsumo.start(["sumo", *options])
         except Exception as e:  # libsumo raises TraCIException and RuntimeError
             raise LacerError(f"SUMO did not start: {e}") from e
         _holder = (os.getpid(), weakref.ref(self))
@@ -164,7 +236,10 @@ class Simulation:
     def close(self) -> None:
         """End the simulation and give the process's place back; harmless when done twice."""
         sumo, self.sumo = self.sumo, None
-        if sumo is not None and sumo.isLoaded():
+        if sumo is None or (hasattr(sumo, "isLoaded") and not sumo.isLoaded()):
+            return
+        # A failed simulation may fail again as it is closed; its error was told when it failed.
+        with contextlib.suppress(*self._errors):
             sumo.close()
 
     def run(self, seconds: float, command: Command | None = None) -> Tally:
@@ -175,39 +250,51 @@ class Simulation:
         """
         if self.sumo is None:
             raise LacerError("the simulation is closed; call reset() first")
-        tally = Tally(metres=-float(self.seen.x.sum()))
+        tally = Tally(metres=-self._driven)
         every = max(1, round(REAPPLY / self.step_length))
+        steps = round(seconds / self.step_length)
         try:
-            for i in range(round(seconds / self.step_length)):
+            for i in range(steps):
                 if self._incident:
                     self._break_down(self._incident)
                 if i % every == 0 and command is not None:
                     self._apply(command)
                 self._step(tally)
             self.seen = self._read()
-            braking = self.sumo.vehicle.getAcceleration
-            tally.hard = sum(braking(v) < HARD for v in self.seen.ids)
-        except Exception as e:  # TraCIException, FatalTraCIError, RuntimeError
+            braking, fumes = self.sumo.vehicle.getAcceleration, self.sumo.edge.getCO2Emission
+            tally.hard = sum([braking(v) < HARD for v in self.seen.ids])
+            tally.co2 = sum(map(fumes, self._edges)) * seconds / 1000
+        except self._errors as e:
             self.close()
             raise LacerError(f"the SUMO simulation failed at {self.now:.1f} s: {e}; reset() starts a new one") from e
         # Every vehicle drove from where it was, or entered, to where it is, or to the exit.
-        tally.metres += float(self.seen.x.sum())
+        self._driven = float(self.seen.x.sum())
+        tally.metres += self._driven
         return tally
 
     def _step(self, tally: Tally) -> None:
-        simulation, dt = self.sumo.simulation, self.step_length
-        self.sumo.simulationStep()
-        self.now += dt
-        for v in simulation.getDepartedIDList():
+        step, departed, arrived, colliding = self._calls
+        step()
+        self.now = now = self.now + self.step_length
+        for v in departed():
             self._entered += 1
-            tally.metres -= self._ramp_x if v[1] == "r" else 0.0
-        arrived = simulation.getArrivedNumber()
-        tally.arrived += arrived
-        tally.metres += arrived * self.road.length
-        self._left += arrived
-        tally.driving += (self._entered - self._left) * dt
-        tally.waiting += self.backlog * dt
-        tally.collisions += simulation.getCollidingVehiclesNumber()
+            if v[1] == "r":
+                tally.metres -= self._ramp_x
+        gone = arrived()
+        if gone:
+            self._left += len(gone)
+            tally.arrived += len(gone)
+            tally.metres += len(gone) * self._road_length
+            for v in gone:
+                tally.travelled += now - self._departs[int(v[2:])]
+        tally.driving += (self._entered - self._left) * self.step_length
+        tally.waiting += self.backlog * self.step_length
+        tally.collisions += colliding()
+
+    def counts(self) -> np.ndarray:
+        """Vehicles that passed each counter in the last whole interval, (places, L)."""
+        count = self.sumo.inductionloop.getLastIntervalVehicleNumber
+        return np.array([count(c) for c in self._counters], float).reshape(self._places, -1)
 
     @property
     def backlog(self) -> int:
@@ -235,7 +322,7 @@ class Simulation:
                 at = self.road.stretches[incident.stretch]
                 try:
                     sumo.vehicle.setStop(v, at.name, incident.position, incident.lane + at.offset, 1e6)
-                except sumo.TraCIException:
+                except self._errors:  # it cannot stop there any more
                     continue
                 self.broken = v
                 return
@@ -270,21 +357,46 @@ class Simulation:
     def _read(self) -> Snapshot:
         lane_ids, vehicle = self.sumo.lane.getLastStepVehicleIDs, self.sumo.vehicle
         ids: list[str] = []
-        edge: list[int] = []
-        lane: list[int] = []
-        for name, e, k in self._lanes:
+        counts = []
+        for name in self._lanes:
             here = lane_ids(name)
-            ids.extend(here)
-            edge.extend([e] * len(here))
-            lane.extend([k] * len(here))
-        return self._snapshot(ids, edge, lane, [vehicle.getLanePosition(v) for v in ids],
-                              [vehicle.getSpeed(v) for v in ids])
-
-    def _snapshot(
-        self, ids: list[str], edge: list[int], lane: list[int], position: list[float], speed: list[float]
-    ) -> Snapshot:
-        edges, positions = np.array(edge, int), np.array(position, float)
+            ids += here
+            counts.append(len(here))
         return Snapshot(
-            ids, edges, np.array(lane, int), positions, positions + self._starts[edges], np.array(speed, float),
-            np.array([v[0] == "c" for v in ids], bool), np.array([v == self.broken for v in ids], bool),
-        )
+            self.road, counts, ids, list(map(vehicle.getLanePosition, ids)), list(map(vehicle.getSpeed, ids)),
+            ids.index(self.broken) if self.broken in ids else None)
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What a failing SUMO raises; the exceptions of libsumo and traci have no common base."""
+    clients = [sys.modules[n] for n in ("libsumo", "traci") if n in sys.modules]
+    return (*(c.TraCIException for c in clients), *(c.FatalTraCIError for c in clients), RuntimeError, OSError)
+
+
+def remote_command(options: list[str], client: Client) -> list[str]:
+    """The command that starts SUMO in a process of its own; with a window that runs by itself and closes at the end.
+
+    Raises:
+        LacerError: if a window is asked for and there is no display.
+    """
+    name, window = "sumo", []
+    if client == "gui":
+        if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+            raise LacerError('render_mode="human" opens sumo-gui, which needs a display, and DISPLAY is not set; '
+                             'use render_mode="rgb_array"')
+        name, window = "sumo-gui", ["--start", "true", "--quit-on-end", "true", "--delay", "50"]
+    return [shutil.which(name, path=str(sumo_home() / "bin")) or name, *options, *window]
+
+
+def _connect(options: list[str], client: Client) -> Any:
+    """Start SUMO in a process of its own and connect to it."""
+    command, label = remote_command(options, client), f"lacer-{next(_labels)}"
+    try:
+        import traci
+    except ImportError as e:
+        raise LacerError("traci is missing; install it with: pip install eclipse-sumo") from e
+    try:
+        traci.start(command, label=label, numRetries=20, stdout=subprocess.DEVNULL)
+    except (*_failures(), SystemExit) as e:
+        raise LacerError(f"{command[0]} did not start: {e}") from e
+    return traci.getConnection(label)

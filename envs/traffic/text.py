@@ -71,7 +71,7 @@ WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
 def lane_name(lane: int, lanes: int) -> str:
     """How a dispatcher calls a through lane, numbered from the right."""
     if lanes <= 3:
-        return ("right", "left")[lane] if lanes == 2 else ("right", "middle", "left")[lane]
+        return ("right-hand", "overtaking")[lane] if lanes == 2 else ("right", "middle", "left")[lane]
     if lane in (0, lanes - 1):
         return "rightmost" if lane == 0 else "leftmost"
     return ("", "second", "third", "fourth", "fifth", "sixth", "seventh")[lane] + " from the right"

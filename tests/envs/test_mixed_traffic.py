@@ -18,7 +18,7 @@ import lacer.envs
 from lacer.envs import LacerError
 from lacer.envs.traffic import network, text
 from lacer.envs.traffic.camera import BODY
-from lacer.envs.traffic.demand import Incident, Order, Trip
+from lacer.envs.traffic.demand import CARRIERS, Incident, Order, Trip
 from lacer.envs.traffic.mixed import SCENES, MixedTrafficEnv
 
 SHORT: dict[str, Any] = {"scene": "small", "warm_up": 50.0, "horizon": 60.0}
@@ -80,8 +80,10 @@ def test_all_sources_in_their_spaces_and_names_kept(scene: str) -> None:
         assert all(isinstance(v, float) and np.isfinite(v) for v in i["state"].values())
     assert "metrics" not in infos[-2]
     metrics = infos[-1]["metrics"]
-    assert {card.objective.metric, "throughput", "hard_brakings", "collisions"} <= set(metrics)
+    assert {card.objective.metric, "throughput", "travel_time", "hard_brakings", "collisions", "co2"} <= set(metrics)
     assert 0 < metrics["average_speed"] < 30
+    assert metrics["travel_time"] > 0.9 * env.road.length / 36
+    assert 50 < metrics["co2"] < 500
     assert np.array_equal(card.noop, np.zeros(env.action_space.shape))
     env.close()
 
@@ -147,7 +149,7 @@ def test_actions_reach_the_vehicles() -> None:
 
 
 def test_incident_is_seen_by_the_camera_and_told_by_the_text() -> None:
-    camera, told = make(news_weights=(0, 1, 0)), make(news_weights=(1, 0, 0))
+    camera, told = make(news={"camera": 1}), make(news={"instruction": 1})
     obs, _ = camera.reset(seed=2)
     for _ in range(3):
         obs, _, _, _, info = camera.step(np.zeros(camera.action_space.shape))
@@ -167,6 +169,86 @@ def test_incident_is_seen_by_the_camera_and_told_by_the_text() -> None:
     assert text.lane_name(incident.lane, told.road.lanes) in obs["instruction"]
     assert obs["camera"].max() < 100, "fog"
     told.close()
+
+
+@pytest.mark.parametrize("source", CARRIERS)
+def test_only_the_source_that_has_the_news_tells_the_lane(source: str) -> None:
+    env = make(scene="sources", news=dict.fromkeys(CARRIERS, 0.0) | {source: 1.0}, warm_up=60.0)
+    road, right = env.road, []
+    for seed in (2, 3, 4):
+        obs, _ = env.reset(seed=seed)
+        for _ in range(3):
+            obs, _, _, _, info = env.step(np.zeros(env.action_space.shape))
+        incident = env._episode.incident
+        assert incident is not None
+        assert info["state"]["incident_active"] == info["state"][f"incident_lane_{incident.lane}"] == 1.0
+        told = {
+            "instruction": text.lane_name(incident.lane, road.lanes) in obs["instruction"],
+            "camera": bool(obs["camera"].max() == 255),
+            "sequence": bool(obs["sequence"][:, 7:].any()),
+        }
+        assert [k for k, v in told.items() if v] == [source] * (source in told)
+        if source == "sequence":
+            row = obs["sequence"][:, 7:].any(1).argmax()
+            assert obs["sequence"][row, 7 + incident.lane] == 1
+            assert obs["sequence"][row, 1] == pytest.approx(
+                (road.merge_end - road.starts[incident.stretch] - incident.position) / 500, abs=0.01)
+        else:
+            assert not obs["sequence"][:, 2].any(), "lanes are unknown"
+        by_lane = obs["traffic"][4 * (road.segments + 1):-2 - road.lanes].reshape(road.segments, road.lanes, 2)
+        speeds, alarm = by_lane[incident.stretch - 1, :, 1], obs["traffic"][-road.lanes:]
+        counts = obs["history"][-4:, 3 * (road.segments + 1):][:, :road.lanes].sum(0)
+        assert (np.ptp(counts) > 0) == (source == "history")
+        assert (np.ptp(speeds) > 0.5 * speeds.mean()) == (source == "traffic")
+        assert (np.ptp(alarm) > 0.5) == (source == "traffic")
+        right.append((speeds.argmin() == incident.lane == alarm.argmax(), counts.argmin() == incident.lane))
+    assert all(r[0] for r in right) or source != "traffic"
+    assert all(r[1] for r in right) or source != "history"
+    env.close()
+
+
+def test_several_sources_can_tell_and_counters_remember_the_warm_up() -> None:
+    env = make(scene="sources", news={"instruction+camera": 1, "history": 0}, horizon=20.0, warm_up=60.0)
+    obs, info = env.reset(seed=2)
+    assert info["state"]["incident_active"]
+    assert "lane" in obs["instruction"]
+    assert obs["camera"].max() == 255
+    assert obs["history"][-6:].any(1).all()
+    assert not obs["history"][:-6].any()
+    env.close()
+
+
+def test_safety_and_speed_are_rewarded_and_a_known_lane_is_worth_it() -> None:
+    """Clearing the blocked lane against doing nothing and against clearing the other one, scene made for it."""
+    env = make(scene="sources", warm_up=60.0, horizon=120.0)
+    assert env.action_space.shape == (2,)
+    metrics: dict[str, list[dict[str, float]]] = {"right": [], "none": [], "wrong": []}
+    for name, found in metrics.items():
+        for seed in range(100, 104):
+            _, info = env.reset(seed=seed)
+            done = False
+            while not done:
+                blocked = np.array([info["state"][f"incident_lane_{k}"] for k in range(2)])
+                a = {"right": blocked, "none": 0 * blocked, "wrong": np.roll(blocked, 1)}[name]
+                _, _, _, done, info = env.step(a)
+                assert -1 <= info["reward_terms"]["safety"] <= 0
+            found.append(info["metrics"])
+    env.close()
+    speed = {k: np.mean([m["average_speed"] for m in v]) for k, v in metrics.items()}
+    exposure = {k: np.mean([m["exposure"] for m in v]) for k, v in metrics.items()}
+    assert speed["right"] > speed["none"] + 2
+    assert speed["right"] > speed["wrong"] + 2
+    assert exposure["right"] < exposure["none"] < exposure["wrong"]
+
+
+def test_controls_are_parts_of_the_action() -> None:
+    env = make(controls=("ramp", "lanes"))  # the order is always the same
+    assert env.action_space.shape == (env.road.lanes + 1,)
+    command = env.command(np.array([0.0, 1.0, 0.0, 0.5]))
+    assert command.clear_lane == 1
+    assert not np.isfinite(command.segment_caps).any()
+    assert command.ramp_cap < 16
+    assert "segment speeds" not in env.task_card.description
 
 
 def test_a_second_simulation_is_refused_and_close_gives_the_place_back(env: MixedTrafficEnv) -> None:
@@ -207,8 +289,15 @@ def test_a_failed_simulation_is_reported_and_the_next_reset_works(env: MixedTraf
     ({"control_interval": 5}, "control_interval"), ({"horizon": 15}, "horizon"), ({"warm_up": -1}, "warm_up"),
     ({"incident_probability": 2}, "incident_probability"), ({"detector_noise": -0.1}, "detector_noise"),
     ({"history_length": 0}, "history_length"), ({"sequence_length": 0}, "sequence_length"),
-    ({"news_weights": (0, 0, 0)}, "news_weights"), ({"order_weights": (1, 1)}, "order_weights"),
+    ({"news": {"camera": 0}}, "news"), ({"news": {}}, "news"), ({"news": (1, 1)}, "news"),
+    ({"news": {"camra": 1}}, "did you mean 'camera'"), ({"safety_weight": -1}, "safety_weight"),
+    ({"order_weight": float("nan")}, "order_weight"), ({"client": "traci2"}, "did you mean 'traci'"),
+    ({"controls": ()}, "controls"), ({"controls": ("lane",)}, "did you mean 'lanes'"),
+    ({"controls": "ramp"}, "controls"), ({"order_weights": (1, 1)}, "order_weights"),
     ({"cav_share": float("nan")}, "cav_share"), ({"cav_share": "all"}, "cav_share"),
+    ({"length": 100}, "length"), ({"length": "long"}, "length"), ({"humans": {"sigma": 1.5}}, "0 <= sigma <= 1"),
+    ({"humans": {"simga": 0.5}}, "did you mean 'sigma'"), ({"humans": {"carFollowModel": "IDN"}}, "did you mean 'IDM'"),
+    ({"humans": "aggressive"}, "humans"), ({"humans": {"tau": '1"/>'}}, "humans"),
     ({"scene": "smal"}, "did you mean 'small'"), ({"wordings": "test"}, "wordings"),
     ({"lane": 3}, "lane"),
 ])
@@ -217,12 +306,18 @@ def test_impossible_arguments_are_named(kwargs: dict[str, Any], word: str) -> No
         make(**kwargs)
 
 
-def test_human_rendering_is_refused() -> None:
+def test_a_window_needs_a_display(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    env = make(render_mode="human")
     with pytest.raises(LacerError, match="rgb_array"):
-        MixedTrafficEnv(render_mode="human")
+        env.reset(seed=1)
+    with pytest.raises(LacerError, match="did you mean 'human'"):
+        MixedTrafficEnv(render_mode="humann")
 
 
-@pytest.mark.parametrize("action", [np.zeros(3), np.full(7, np.nan), np.full(7, np.inf), "left"])
+@pytest.mark.parametrize("action", [np.zeros(3), np.full(7, np.nan), np.full(7, np.inf), np.full(7, 1.5),
+                                    "left"])
 def test_impossible_actions_are_refused(env: MixedTrafficEnv, action: Any) -> None:
     env.reset(seed=1)
     with pytest.raises(LacerError, match="finite numbers"):
@@ -234,6 +329,27 @@ def test_other_numbers_of_lanes(lanes: int) -> None:
     env = make(lanes=lanes, horizon=20.0)
     play(env, 1)
     env.close()
+
+
+def test_a_longer_road_is_stretched_in_all_its_parts() -> None:
+    short, long = make(), make(length=1400.0, horizon=20.0)
+    assert long.road.length == pytest.approx(1400)
+    for a, b in zip(short.road.stretches, long.road.stretches, strict=True):
+        assert b.length == pytest.approx(2 * a.length, abs=0.1)
+    assert long.road.ramp_length == pytest.approx(2 * short.road.ramp_length)
+    assert "1400 m" in long.task_card.description
+    play(long, 1)
+    long.close()
+
+
+@pytest.mark.parametrize("humans", [{"tau": 3.0, "sigma": 0.9}, {"carFollowModel": "IDM", "accel": 0.4}])
+def test_human_drivers_can_be_others(humans: dict[str, str | float]) -> None:
+    speeds = []
+    for chosen in (None, humans):
+        env = make(cav_share=0.0, humans=chosen, incident_probability=0.0)
+        speeds.append(play(env, 1, "none")[2]["average_speed"])
+        env.close()
+    assert speeds[1] < speeds[0] - 0.5
 
 
 def test_held_out_wordings_are_disjoint_and_all_messages_fit() -> None:

@@ -1,0 +1,133 @@
+"""What the sources other than camera and text show of a moment of traffic: detectors, counters, vehicle messages."""
+
+from __future__ import annotations
+
+import math
+from itertools import accumulate, pairwise
+
+import numpy as np
+
+from lacer.envs.traffic.network import MAIN_LIMIT, RAMP_LIMIT, Motorway
+from lacer.envs.traffic.simulation import Snapshot
+
+JAM = 0.08
+"""Density that reads 1: vehicles per metre and lane."""
+FLOW = 0.5
+"""Flow that reads 1: vehicles per second and lane."""
+COUNTED = 0.15
+"""Flow by lane that reads 1 at a counter: vehicles per second."""
+HIGHEST = 2.0
+"""Readings end here."""
+VEHICLE_COLUMNS = 7
+
+
+class Detectors:
+    """Readings of the road, scaled to about 1, with relative noise.
+
+    Attributes:
+        size: length of :meth:`read`'s first array: density, mean speed, spread of speed and CAV share of each segment
+            and the exit; density and speed of each lane of each segment; density and speed of the ramp; alarm, 1
+            where a vehicle has broken down, for each lane of the segments ``watched``.
+        summary: length of the second: speed, density and flow of each segment and the exit.
+    """
+
+    def __init__(self, road: Motorway, noise: float, watched: tuple[int, ...] = ()) -> None:
+        self._noise, self._watched, self._ramp_space = noise, watched, road.ramp_length * JAM
+        self._stretches, self._lanes, self._segments = road.stretches, road.lanes, road.segments
+        self._places, self._m = road.places, len(road.stretches) - 1
+        self.size = 4 * self._m + 2 * self._segments * self._lanes + 2 + len(watched) * road.lanes
+        self.summary = 3 * self._m
+
+    def read(self, s: Snapshot, rng: np.random.Generator, by_lane: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Readings now. With ``by_lane`` False every lane shows the values of its segment."""
+        head: list[float] = []
+        lanes: list[float] = []
+        counts, speeds, cav = s.counts, s.speeds, s.cavs
+        width = self._stretches[0].lanes + self._stretches[0].offset
+        i, place = sum(counts[:width]), width  # vehicles and lanes before the one that is looked at
+        for e, stretch in enumerate(self._stretches[1:], 1):
+            count, pace, square, cavs, offset, space = 0, 0.0, 0.0, 0, stretch.offset, stretch.length * JAM
+            told: list[float] = []
+            for k in range(stretch.lanes + offset):
+                n = counts[place]
+                v = 0.0
+                if n:
+                    part = speeds[i:i + n]
+                    v = sum(part)
+                    count, pace, square = count + n, pace + v, square + sum([u * u for u in part])
+                    cavs += sum(cav[i:i + n])
+                    i += n
+                place += 1
+                if k >= offset:
+                    told += (n / space, v / n / MAIN_LIMIT if n else 1.0)
+            density, speed, mean = count / (stretch.length * stretch.lanes * JAM), 1.0, 0.0
+            if count:
+                mean = pace / count
+                speed = mean / MAIN_LIMIT
+            some = count or 1
+            head += (density, speed, math.sqrt(max(square / some - mean * mean, 0.0)) / 10, cavs / some)
+            if e <= self._segments:
+                lanes += told if by_lane else (density, speed) * stretch.lanes
+        on_ramp = counts[-1]
+        ramp = (on_ramp / self._ramp_space, sum(speeds[i:]) / on_ramp / RAMP_LIMIT if on_ramp else 1.0)
+        out = np.array([*head, *lanes, *ramp, *self._alarm(s, by_lane)])
+        out *= rng.normal(1.0, self._noise, self.size)
+        now = np.minimum(np.maximum(out, 0, out=out), HIGHEST, out=out).astype(np.float32)
+        seen = now[:4 * self._m].reshape(-1, 4)
+        past = np.empty((self._m, 3), np.float32)
+        past[:, 0], past[:, 1] = seen[:, 1], seen[:, 0]
+        past[:, 2] = np.minimum(seen[:, 0] * JAM * seen[:, 1] * MAIN_LIMIT / FLOW, HIGHEST)
+        return now, past.ravel()
+
+    def _alarm(self, s: Snapshot, by_lane: bool) -> list[float]:
+        """1 for the lane of a broken-down vehicle, on each lane of the segments watched."""
+        out = [0.0] * (len(self._watched) * self._lanes)
+        if self._watched and s.stopped is not None:
+            at = next(p for p, n in zip(self._places, accumulate(s.counts), strict=True) if s.stopped < n)
+            if at.edge in self._watched and at.lane >= 0:
+                first = self._watched.index(at.edge) * self._lanes
+                if by_lane:
+                    out[first + at.lane] = 1.0
+                else:
+                    out[first:first + self._lanes] = [1 / self._lanes] * self._lanes
+        return out
+
+
+def counters(counts: np.ndarray, seconds: float, by_lane: bool) -> np.ndarray:
+    """Flow by lane, scaled, flat, from counts (places, L) of an interval; the mean of the lanes where counters fail."""
+    flow = counts / (seconds * COUNTED)
+    if not by_lane:
+        flow = np.broadcast_to(flow.mean(1, keepdims=True), flow.shape)
+    return np.minimum(flow.ravel(), HIGHEST).astype(np.float32)
+
+
+def vehicles(road: Motorway, s: Snapshot, length: int, lanes_known: bool, reports: bool | None) -> np.ndarray:
+    """Vehicles before the end of the merge, nearest first: (N, 7), see
+    :class:`~lacer.envs.traffic.mixed.MixedTrafficEnv`; all are on lane 0 where lanes are not known.
+
+    ``reports`` not None adds L columns; True: a broken-down vehicle names its lane there, and is listed however far
+    downstream it is."""
+    out = np.zeros((length, VEHICLE_COLUMNS + (0 if reports is None else road.lanes)), np.float32)
+    xs, lanes, ids, speeds, cav, end = s.xs, s.lanes, s.ids, s.speeds, s.cavs, road.merge_end
+    chosen = sorted([(end - x, i) for i, x in enumerate(xs) if x <= end or (reports and i == s.stopped)])[:length]
+    if not chosen:
+        return out
+    # Sorted by lane, then along the road, the next one in the same lane is the one ahead.
+    keys = [k * 1e5 + x for k, x in zip(lanes, xs, strict=True)]
+    ahead = [100.0] * len(xs)
+    for i, j in pairwise(sorted(range(len(xs)), key=keys.__getitem__)):
+        if lanes[i] == lanes[j]:
+            ahead[i] = xs[j] - xs[i] - 5.0
+    rows: list[tuple[float, ...]] = []
+    for far, i in chosen:
+        gap = ahead[i]
+        rows.append((
+            1.0, far / 500, (lanes[i] + 1) / road.lanes if lanes_known else 0.0, speeds[i] / MAIN_LIMIT,
+            1.0 if gap > 100 else gap / 100 if gap > 0 else 0.0, float(cav[i]), float(ids[i][1] == "r")))
+    out[:len(rows), :VEHICLE_COLUMNS] = rows
+    np.minimum(np.maximum(out[:, 1], -2, out=out[:, 1]), 2, out=out[:, 1])
+    if reports and s.stopped is not None:
+        for row, (_, i) in enumerate(chosen):
+            if i == s.stopped:
+                out[row, VEHICLE_COLUMNS + lanes[i]] = 1
+    return out
