@@ -362,10 +362,11 @@ def _search(a: Namespace) -> None:
             validate(base, a.config)  # names the file if a key of it is wrong
         merged = merge(base, given)
         config = validate(merged, "--")  # what is wrong now was given as an option
-        from lacer.search.loop import plan, search
+        from lacer.search.loop import make_designer, plan, search
 
         if a.dry_run:
             made = plan(config)
+            make_designer(made.designer, config, Path(".")).check_space(made.space)
             return _dry_run([(made.designer, made)], a)
         result = search(out=a.out, quiet=a.quiet, **merged)
     from lacer.search.loop import summary

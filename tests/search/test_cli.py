@@ -57,6 +57,8 @@ ENV = ["--env", "lacer/KnownSources-v0"]
     (["search", "--resume", "."], "is no run"),
     (["search", *ENV, "--dry-run", "--measured-steps", "-1"], "--measured-steps must be at least 0"),
     (["search", "--resume", "/does/not/exist", "--dry-run"], "--dry-run and --resume exclude each other"),
+    (["search", *ENV, "--designer", "evolution", "--designer-kwargs", '{"population": -3}', "--dry-run"],
+     "population and tournament must be at least 1"),
     (["watch", "/does/not/exist"], "there is no such folder"),
     (["watch", "sqlite:////does/not/exist.db"], "there is no study in /does/not/exist.db"),
     (["watch", ".", "--interval", "0"], "--interval must lie between"),
