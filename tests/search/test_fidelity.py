@@ -325,11 +325,12 @@ def test_children_start_from_their_parents(tmp_path: Path) -> None:
 
 
 def test_the_budget_of_steps_keeps_the_survivors_share(tmp_path: Path) -> None:
-    result = search(out=tmp_path / "run", **{**SMALL, "candidates": 30, "max_env_steps": 1500, "fidelity": {
+    budget = 2500
+    result = search(out=tmp_path / "run", **{**SMALL, "candidates": 30, "max_env_steps": budget, "fidelity": {
         "rungs": [64], "reduction": 2, "survivors": 1, "survivor_seeds": 2}})
-    assert result.outcome.figures()["env_steps"] <= 1500
+    assert result.outcome.figures()["env_steps"] <= budget
     assert sum(t.survivor is not None for t in result.outcome.trials) == 2
-    assert sum(t.survivor is None for t in result.outcome.trials) > 1500 // 288 - 2, "pruned ones leave room"
+    assert sum(t.survivor is None for t in result.outcome.trials) > budget // 288 - 2, "pruned ones leave room"
 
 
 @pytest.mark.slow
@@ -355,7 +356,7 @@ def test_two_workers_killed_in_the_middle_of_rungs(how: int, start: Start, lacer
     stored = optuna.load_study(study_name=None, storage=f"sqlite:///{folder}/study.db").trials
     evaluations = [Evaluation.model_validate(t.user_attrs["evaluation"]) for t in stored
                    if not t.user_attrs["rejected"]]
-    assert len(evaluations) == 12 + 4
+    assert len(evaluations) == 12 + 2 * min(2, sum(e.ok for e in evaluations[:12])), "two seeds for each survivor"
     assert figures["env_steps"] == sum(e.cost.env_steps for e in evaluations)
     for e in evaluations:
         assert [r.steps for r in e.rungs] == [256, 512][:len(e.rungs)]
