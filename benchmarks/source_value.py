@@ -82,7 +82,7 @@ def train(condition: str, seed: int, steps: int, episodes: int) -> dict[str, Any
 
         space = load_space("quick", task_card("lacer/MixedTraffic-v0", **SCENE))
         point = space.sample(np.random.default_rng(1000 + int(condition.split()[1])))
-        encoder, blank = space.to_spec(point).model_dump(mode="json"), ""
+        encoder, blank = space.to_spec(point).to_dict(), ""
     protocol = Protocol(steps=steps, eval_episodes=episodes, eval_seed=EVAL_SEED, ppo=PPO)
     request = RunRequest(env=ENV, env_kwargs={**SCENE, "blank": blank}, encoder=encoder, protocol=protocol, seed=seed)
     result = run(request, start_method="fork")  # by the default each environment's process would import torch

@@ -56,7 +56,7 @@ def test_commands_parse(page: str, command: str) -> None:
 def test_start_in_five_minutes(tmp_path: Path) -> None:
     """The commands of the page, as they stand there, one after another."""
     for command in commands(ROOT / "docs" / "start.md"):
-        done = run(["-P", "-m", "lacer.search.cli", *shlex.split(command)[1:]], tmp_path, 600)
+        done = run(["-P", "-m", "lacer.search.cli", *shlex.split(command)[1:]], tmp_path, 1800)
         assert done.returncode == 0, (command, done.stderr[-2000:])
     assert (tmp_path / "runs" / "first" / "report.html").stat().st_size > 10_000
 
