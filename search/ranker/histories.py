@@ -48,10 +48,11 @@ class Scale:
 
 @dataclass
 class Batch:
-    """Tasks of one shape, as tensors; T = n + q encoders, the history first.
+    """Tasks of one shape, as tensors.
 
     Attributes:
-        codes: (B, T, D) numbers of options; the size of a decision means "not asked".
+        codes: (B, n, D) the history: numbers of options; the size of a decision means "not asked".
+        queries: (B, q, D) candidates.
         width: options of the largest decision, plus one.
         member: (B, G, D) rows that sum to 1 over the decisions that share their options; rows of zeros fill up.
         z: (B, n) scores of the history.
@@ -62,6 +63,7 @@ class Batch:
     """
 
     codes: torch.Tensor
+    queries: torch.Tensor
     width: int
     member: torch.Tensor
     z: torch.Tensor
@@ -69,11 +71,6 @@ class Batch:
     present: torch.Tensor
     sizes: torch.Tensor
     target: torch.Tensor
-
-    @property
-    def history(self) -> int:
-        """n."""
-        return int(self.z.shape[1])
 
 
 def membership(group: NDArray[np.int64], rows: int) -> Array:
@@ -130,13 +127,13 @@ def simulate(task: Task, rng: Rng, n: int, kind: str) -> tuple[Codes, Array, Arr
     rounds = 0
     while len(codes) < n and rounds < 60 and kind != "random":
         rounds += 1
-        step = min(n - len(codes), max(1, n // 8))
+        step = min(n - len(codes), max(1, n // 6))
         if kind == "evolution" or (kind == "mixed" and rng.random() < 0.6):
             alive = np.arange(max(0, len(codes) - 10), len(codes))
             drawn = alive[rng.integers(len(alive), size=(2 * step, 3))]
             new = task.mutate(codes[drawn[np.arange(2 * step), y[drawn].argmax(1)]], rng)
         else:
-            new = candidates(task, codes, y, rng, 160)
+            new = candidates(task, codes, y, rng, 120)
             if len(new):
                 new = new[_gp_order(codes, y, new, rng)]
         keep = unique_rows(new, codes)[:step] if len(new) else np.zeros(0, int)
@@ -218,8 +215,8 @@ def to_batch(episodes: list[Episode], queries: list[Codes], rng: Rng, target: bo
     def tensor(a: object) -> torch.Tensor:
         return torch.as_tensor(np.asarray(a), dtype=torch.float32)
 
-    return Batch(torch.as_tensor(np.stack([np.concatenate([e.codes, q]) for e, q in zip(episodes, queries, strict=True)])),
-                 width, tensor([membership(e.task.shape.group, rows) for e in episodes]), tensor(z), tensor(measured),
+    return Batch(torch.as_tensor(np.stack([e.codes for e in episodes])), torch.as_tensor(np.stack(queries)), width,
+                 tensor([membership(e.task.shape.group, rows) for e in episodes]), tensor(z), tensor(measured),
                  tensor(present), torch.as_tensor(np.stack([e.task.shape.sizes for e in episodes])), tensor(goal))
 
 

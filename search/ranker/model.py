@@ -7,8 +7,9 @@ mixture of normal distributions for the score of every candidate, on the scale o
 
 from __future__ import annotations
 
+import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +32,8 @@ class Size:
         parts: normal distributions in a mixture.
     """
 
-    width: int = 96
-    layers: int = 5
+    width: int = 64
+    layers: int = 4
     heads: int = 4
     cell: int = 32
     parts: int = 4
@@ -84,7 +85,7 @@ class Prediction:
 
 def _perceptron(*widths: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in itertools.pairwise(widths):
         layers += [nn.Linear(a, b), nn.GELU(approximate="tanh")]
     return nn.Sequential(*layers[:-1])
 
@@ -100,14 +101,75 @@ class Layer(nn.Module):
         self.query, self.pair, self.out = nn.Linear(w, w), nn.Linear(w, 2 * w), nn.Linear(w, w)
         self.mix = nn.Sequential(nn.Linear(w, 3 * w), nn.GELU(approximate="tanh"), nn.Linear(3 * w, w))
 
-    def forward(self, x: Tensor, bias: Tensor, n: int) -> Tensor:
+    def remember(self, normal: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, heads, n, width / heads): keys and values of the history."""
+        b, n, _ = normal.shape
+        k, v = self.pair(normal).view(b, n, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        return k, v
+
+    def forward(self, x: Tensor, normal: Tensor, memory: tuple[Tensor, Tensor], bias: Tensor) -> Tensor:
         b, t, w = x.shape
-        h = self.before(x)
-        q = self.query(h).view(b, t, self.heads, -1).transpose(1, 2)
-        k, v = self.pair(h[:, :n]).view(b, n, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
-        y = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        q = self.query(normal).view(b, t, self.heads, -1).transpose(1, 2)
+        y = functional.scaled_dot_product_attention(q, *memory, attn_mask=bias)
         x = x + self.out(y.transpose(1, 2).reshape(b, t, w))
         return x + self.mix(self.between(x))
+
+
+@dataclass
+class Reading:
+    """What the network keeps of a history. B tasks, n encoders, D decisions, O options, G groups.
+
+    Attributes:
+        batch: the history.
+        number, total, first, second: (B, D, O), by option: encoders, sum of scores, best and second best score.
+        spread, shared: (B, G, D, O), (B, G, D): groups of decisions that share options.
+        slope: (B, D, O), how the score goes with the number of times that an option occurs.
+        between, varies, decisions, world, log_n: of decisions and of all.
+        rate, line, pool: (B, D), weights of decisions.
+        amplitude, scale: (B, 3), (B,), of the kernel.
+        gates: (B, D, layers * heads), of the attention.
+        flat, counts: (B, n, D * O), (B, n, G * O), the encoders.
+        channels: of other measurements.
+        inverse, alpha: of the Gaussian process.
+        memory: keys and values by layer.
+    """
+
+    batch: Batch
+    number: Tensor
+    total: Tensor
+    first: Tensor
+    second: Tensor
+    spread: Tensor
+    shared: Tensor
+    slope: Tensor
+    between: Tensor
+    varies: Tensor
+    decisions: Tensor
+    world: Tensor
+    log_n: Tensor
+    rate: Tensor
+    line: Tensor
+    pool: Tensor
+    amplitude: Tensor
+    scale: Tensor
+    gates: Tensor
+    flat: Tensor
+    counts: Tensor
+    channels: tuple[Tensor, ...]
+    inverse: Tensor = field(init=False)
+    alpha: Tensor = field(init=False)
+    memory: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def covariance(self, flat: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, t, n) each: covariance of encoders with those of the history, and squared distance of their counts."""
+        width = self.batch.width
+        old = self.flat.transpose(1, 2)
+        a, b, c = (x[:, None, None] for x in self.amplitude.unbind(-1))
+        differ = self.rate.sum(1)[:, None, None] - (flat * self.rate.repeat_interleave(width, 1)[:, None]) @ old
+        sums = (flat * self.line.repeat_interleave(width, 1)[:, None]) @ old
+        far = ((counts ** 2).sum(2)[:, :, None] + (self.counts ** 2).sum(2)[:, None]
+               - 2 * counts @ self.counts.transpose(1, 2)).clamp(min=0)
+        return a * torch.exp(-differ) + b * sums + c * torch.exp(-self.scale[:, None, None] * far), far
 
 
 class Ranker(nn.Module):
@@ -141,140 +203,158 @@ class Ranker(nn.Module):
                 layer.bias.zero_()  # type: ignore[union-attr, operator]
 
     def forward(self, batch: Batch) -> Prediction:
-        n, z = batch.history, batch.z
-        hot = functional.one_hot(batch.codes, batch.width).float()  # B T D O
-        b, t, d, o = hot.shape
-        past = hot[:, :n]
-        flag = torch.zeros(b, t, 1)
-        flag[:, :n] = 1.0
+        return self.predict(self.read(batch), batch.queries)
 
-        # What the history tells of each option.
-        number = past.sum(1)  # B D O
-        total = torch.einsum("bndo,bn->bdo", past, z)
-        own = torch.zeros(b, t)
-        own[:, :n] = z
-        count = torch.einsum("btdo,bdo->btd", hot, number) - flag
-        mean = (torch.einsum("btdo,bdo->btd", hot, total) - own[..., None]) / (count + 1)
-        ranked = torch.where(past > 0, z[:, :, None, None], torch.full((), NONE))
-        first, second = ranked.topk(min(2, n), dim=1)[0].unbind(1) if n > 1 else (ranked[:, 0], ranked[:, 0] * 0 + NONE)
-        best = torch.einsum("btdo,bdo->btd", hot, first)
-        other = torch.einsum("btdo,bdo->btd", hot, second)
-        best = torch.where((flag > 0) & (own[..., None] >= best), other, best)
+    def read(self, batch: Batch) -> Reading:
+        """What is needed of a history to predict any number of candidates."""
+        z, width = batch.z, batch.width
+        hot = functional.one_hot(batch.codes, width).float()  # B n D O
+        b, n, d, o = hot.shape
+        number = hot.sum(1)  # B D O
+        total = torch.einsum("bndo,bn->bdo", hot, z)
+        ranked = torch.where(hot > 0, z[:, :, None, None], torch.full((), NONE))
+        first, second = ranked.topk(2, dim=1)[0].unbind(1) if n > 1 else (ranked[:, 0], torch.full_like(total, NONE))
 
         # How often each option occurs among decisions that share it, and how the score goes with that.
-        asked = (torch.arange(o) < batch.sizes[..., None]).float()  # B D O
-        histogram = torch.einsum("bgd,btdo,bdo->btgo", batch.member, hot, asked)
-        centred = histogram[:, :n] - histogram[:, :n].mean(1, keepdim=True)
-        variance = (centred ** 2).sum(1)  # B G O
-        slope = torch.einsum("bngo,bn->bgo", centred, z) / torch.sqrt((variance + 0.02) * n)
+        asked = (torch.arange(o) < batch.sizes[..., None]).float()
+        spread = batch.member[..., None] * asked[:, None]  # B G D O
+        histogram = torch.einsum("bgdo,bndo->bngo", spread, hot)
+        centred = histogram - histogram.mean(1, keepdim=True)
+        slope = torch.einsum("bngo,bn->bgo", centred, z) / torch.sqrt(((centred ** 2).sum(1) + 0.02) * n)
         shared = (batch.member > 0).float()
         slope_of = torch.einsum("bgd,bgo->bdo", shared, slope)
-        share = torch.einsum("btgo,bgd,btdo->btd", histogram, shared, hot)
-        trend = torch.einsum("btdo,bdo->btd", hot, slope_of)
 
         # Decisions.
         log_n = torch.full((b, 1), math.log(n) / 4)
         between = (total ** 2 / (number + 1)).sum(2) / n
         used = (number > 0).float()
         effect = total / (number + 1)
-        free = used.sum(2).log()
-        features = torch.stack([
-            between, free, effect.amax(2), effect.amin(2), (slope_of ** 2).sum(2),
-            1 / (1 + torch.einsum("bgd,bge->bd", shared, shared)), past.mean(1).pow(2).sum(2), log_n.expand(b, d)], -1)
-        e = self.decision(features)
-        e = e + self.decision_again(torch.cat([e, e.mean(1, keepdim=True).expand_as(e)], -1))
         varies = (used.sum(2) > 1).float()
+        e = self.decision(torch.stack([
+            between, used.sum(2).log(), effect.amax(2), effect.amin(2), (slope_of ** 2).sum(2),
+            1 / (1 + torch.einsum("bgd,bge->bd", shared, shared)), (number / n).pow(2).sum(2), log_n.expand(b, d)], -1))
+        e = e + self.decision_again(torch.cat([e, e.mean(1, keepdim=True).expand_as(e)], -1))
         world = self.summary(torch.cat([e.mean(1), log_n, torch.stack([
             torch.full((b,), math.log(d) / 3), varies.mean(1), between.amax(1), between.mean(1),
             (batch.member.sum((1, 2)) > 0).float()], -1)], -1))
 
         # The Gaussian process.
         weight = self.weights(e)
-        rate = torch.exp(weight[..., 0].clamp(-6, 4)) * 1.5 / math.sqrt(d)
-        line = torch.softmax(weight[..., 1], 1)
-        a, l, g, noise, scale = (self.kernel(world).clamp(-5, 5)
-                                 + torch.tensor([-0.6, -0.9, -0.9, -2.5, 1.4])).exp().unbind(-1)
-        flat = hot.reshape(b, t, d * o)
-        old = flat[:, :n].transpose(1, 2)
+        kernel = (self.kernel(world).clamp(-5, 5) + torch.tensor([-0.6, -0.9, -0.9, -2.5, 1.4])).exp()
+        r = Reading(
+            batch=batch, number=number, total=total, first=first, second=second, spread=spread, shared=shared,
+            slope=slope_of, between=between, varies=varies, decisions=e, world=world, log_n=log_n,
+            rate=torch.exp(weight[..., 0].clamp(-6, 4)) * 1.5 / math.sqrt(d), line=torch.softmax(weight[..., 1], 1),
+            pool=torch.softmax(weight[..., 2], 1), amplitude=kernel[:, :3], scale=kernel[:, 4],
+            gates=self.gates(e) * (2 / math.sqrt(d)), flat=hot.reshape(b, n, d * o),
+            counts=histogram.reshape(b, n, -1), channels=self._option_channels(batch, hot))
+        covariance, far = r.covariance(r.flat, r.counts)
+        among = covariance + (kernel[:, 3] + 5e-3)[:, None, None] * torch.eye(n)
+        r.inverse = torch.cholesky_inverse(torch.linalg.cholesky(among))
+        r.alpha = (r.inverse @ z[..., None])[..., 0]
+        left_out = 1 / r.inverse.diagonal(dim1=1, dim2=2)
+        guess, doubt = z - r.alpha * left_out, left_out.clamp(min=2e-3).sqrt()
 
-        def match(gate: Tensor) -> Tensor:
-            """(B, T, n): sum of a gate (B, D) over the decisions that two encoders have in common."""
-            return (flat * gate[..., None].expand(b, d, o).reshape(b, 1, d * o)) @ old
-
-        counts = histogram.reshape(b, t, -1)
-        square = (counts ** 2).sum(2)
-        far = (square[:, :, None] + square[:, None, :n] - 2 * counts @ counts[:, :n].transpose(1, 2)).clamp(min=0)
-        product = torch.exp(match(rate) - rate.sum(1)[:, None, None])
-        sums = match(line)
-        alike = torch.exp(-scale[:, None, None] * far)
-        covariance = a[:, None, None] * product + l[:, None, None] * sums + g[:, None, None] * alike
-        prior = (a + l + g)[:, None]
-        noise = noise + 5e-3
-        among = covariance[:, :n] + noise[:, None, None] * torch.eye(n)
-        factor = torch.linalg.cholesky(among)
-        inverse = torch.cholesky_inverse(factor)
-        alpha = (inverse @ z[..., None])[..., 0]
-        left_out = 1 / inverse.diagonal(dim1=1, dim2=2)
-        cross = covariance[:, n:]
-        plain_mean = (cross @ alpha[..., None])[..., 0]
-        solved = cross @ inverse
-        plain_deviation = (prior - (solved * cross).sum(2)).clamp(min=2e-3).sqrt()
-        guess = torch.cat([z - alpha * left_out, plain_mean], 1)
-        doubt = torch.cat([left_out.clamp(min=2e-3).sqrt(), plain_deviation], 1)
-
-        # Other measurements.
-        seen, pooled = self._channels(batch, hot, number)
-
-        # Encoders, as tokens.
-        cells = torch.stack([mean, count.log1p() / 4, best, share, trend, between[:, None].expand(b, t, d),
-                             (count > 0).float(), varies[:, None].expand(b, t, d)], -1)
-        c = self.cells(torch.cat([cells, pooled, e[:, None].expand(b, t, d, -1)], -1))
-        pool = torch.softmax(weight[..., 2], 1)
-        x = self.entry(torch.cat([
-            torch.einsum("btdc,bd->btc", c, pool), world[:, None].expand(b, t, -1), seen, flag, own[..., None],
-            guess[..., None], doubt.log()[..., None], (own[..., None] - guess[..., None]) * flag,
-            z.amax(1)[:, None, None].expand(b, t, 1)], -1))
-        gates = self.gates(e) * (2 / math.sqrt(d))  # B D L*H
-        bias = (torch.einsum("btx,bxk,bxn->bktn", flat, gates.repeat_interleave(o, 1), old)
-                + self.near[:, 0, None, None] * (covariance / prior[..., None])[:, None]
-                - self.near[:, 1, None, None] * far[:, None])
+        # The history, as tokens.
+        x = self._tokens(r, hot, histogram, guess, doubt, z)
+        bias = self._bias(r, r.flat, covariance, far)
         for i, layer in enumerate(self.layers):
-            x = layer(x, bias[:, i * self.size.heads:(i + 1) * self.size.heads], n)
-        query = self.last(x[:, n:])
-        incumbent = z.amax(1)[:, None]
-        out = self.head(torch.cat([query, plain_mean[..., None], plain_deviation[..., None],
-                                   (plain_mean - incumbent)[..., None]], -1))
-        k = self.size.parts
-        start = torch.linspace(-0.5, 0.5, k)
-        unit = plain_deviation[..., None]
-        return Prediction(torch.softmax(out[..., :k], -1), plain_mean[..., None] + unit * (start + out[..., k:2 * k]),
-                          (unit * torch.exp(out[..., 2 * k:3 * k].clamp(-5, 3))).clamp(min=0.02),
-                          out[..., -1] + (plain_mean - incumbent) + plain_deviation, plain_mean, plain_deviation)
+            assert isinstance(layer, Layer)
+            normal = layer.before(x)
+            r.memory.append(layer.remember(normal))
+            x = layer(x, normal, r.memory[-1], bias[:, i * self.size.heads:(i + 1) * self.size.heads])
+        return r
 
-    def _channels(self, batch: Batch, hot: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
-        """What other measurements say of encoders, (B, T, 8), and of the options that they chose, (B, T, D, 8)."""
+    def predict(self, r: Reading, queries: Tensor) -> Prediction:
+        """The scores of candidates, (B, q, D) codes."""
+        hot = functional.one_hot(queries, r.batch.width).float()
+        covariance, far, mean, deviation, histogram = self._plain(r, hot)
+        x = self._tokens(r, hot, histogram, mean, deviation, None)
+        bias = self._bias(r, hot.flatten(2), covariance, far)
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, Layer)
+            x = layer(x, layer.before(x), r.memory[i], bias[:, i * self.size.heads:(i + 1) * self.size.heads])
+        ahead = mean - r.batch.z.amax(1)[:, None]
+        out = self.head(torch.cat([self.last(x), mean[..., None], deviation[..., None], ahead[..., None]], -1))
+        k, unit = self.size.parts, deviation[..., None]
+        return Prediction(
+            torch.softmax(out[..., :k], -1),
+            mean[..., None] + unit * (torch.linspace(-0.5, 0.5, k) + out[..., k:2 * k]),
+            (unit * torch.exp(out[..., 2 * k:3 * k].clamp(-5, 3))).clamp(min=0.02),
+            out[..., -1] + ahead + deviation, mean, deviation)
+
+    def plain(self, r: Reading, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, q) each: mean and standard deviation by the Gaussian process alone, which takes far less time."""
+        _, _, mean, deviation, _ = self._plain(r, functional.one_hot(queries, r.batch.width).float())
+        return mean, deviation
+
+    def _plain(self, r: Reading, hot: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        histogram = torch.einsum("bgdo,btdo->btgo", r.spread, hot)
+        covariance, far = r.covariance(hot.flatten(2), histogram.flatten(2))
+        mean = (covariance @ r.alpha[..., None])[..., 0]
+        variance = r.amplitude.sum(1)[:, None] - ((covariance @ r.inverse) * covariance).sum(2)
+        return covariance, far, mean, variance.clamp(min=2e-3).sqrt(), histogram
+
+    def _bias(self, r: Reading, flat: Tensor, covariance: Tensor, far: Tensor) -> Tensor:
+        """(B, layers * heads, t, n): what makes encoders attend to those of the history that are like them."""
+        width = r.batch.width
+        gates = r.gates.repeat_interleave(width, 1).transpose(1, 2)  # B K D*O
+        bias = (flat[:, None] * gates[:, :, None]) @ r.flat.transpose(1, 2)[:, None]
+        bias = torch.addcmul(bias, self.near[:, 0, None, None], (covariance / r.amplitude.sum(1)[:, None, None])[:, None])
+        return torch.addcmul(bias, self.near[:, 1, None, None], far[:, None], value=-1.0)
+
+    def _tokens(self, r: Reading, hot: Tensor, histogram: Tensor, guess: Tensor, doubt: Tensor,
+                own: Tensor | None) -> Tensor:
+        """(B, t, width): encoders of the history (``own``: their scores) or candidates. What the history tells of an
+        encoder of its own is told without that one."""
         b, t, d, _ = hot.shape
-        n, number_of = batch.history, batch.channels.shape[2]
-        if number_of == 0:
-            return torch.zeros(b, t, 8), torch.zeros(b, t, d, 8)
+        flag = torch.full((b, t, 1), 0.0 if own is None else 1.0)
+        z = torch.zeros(b, t) if own is None else own
+        count = torch.einsum("btdo,bdo->btd", hot, r.number) - flag
+        mean = (torch.einsum("btdo,bdo->btd", hot, r.total) - z[..., None]) / (count + 1)
+        best = torch.einsum("btdo,bdo->btd", hot, r.first)
+        if own is not None:
+            best = torch.where(own[..., None] >= best, torch.einsum("btdo,bdo->btd", hot, r.second), best)
+        share = torch.einsum("btgo,bgd,btdo->btd", histogram, r.shared, hot)
+        trend = torch.einsum("btdo,bdo->btd", hot, r.slope)
+        cells = torch.stack([mean, count.log1p() / 4, best, share, trend, r.between[:, None].expand(b, t, d),
+                             (count > 0).float(), r.varies[:, None].expand(b, t, d)], -1)
+        seen, pooled = self._channels(r, hot, own is not None)
+        c = self.cells(torch.cat([cells, pooled, r.decisions[:, None].expand(b, t, d, -1)], -1))
+        out: Tensor = self.entry(torch.cat([
+            torch.einsum("btdc,bd->btc", c, r.pool), r.world[:, None].expand(b, t, -1), seen, flag, z[..., None],
+            guess[..., None], doubt.log()[..., None], (z - guess)[..., None] * flag,
+            r.batch.z.amax(1)[:, None, None].expand(b, t, 1)], -1))
+        return out
+
+    @staticmethod
+    def _option_channels(batch: Batch, hot: Tensor) -> tuple[Tensor, ...]:
+        """Of every other measurement: sum and number by option (B, D, O, C), how it goes with the score (B, C), how
+        much of it goes with each decision (B, D, C), and its number (B, C)."""
         v, there = batch.channels * batch.present, batch.present
         amount = there.sum(1) + 1
-        with_score = (v * batch.z[..., None]).sum(1) / amount  # B C: about the correlation with the score
-        score = batch.z[..., None].expand_as(v)
-        entry = self.channel_entry(torch.stack([v, score, with_score[:, None].expand_as(v), (amount.log() / 4)[
-            :, None].expand_as(v)], -1)) * there[..., None]
+        total = torch.einsum("bndo,bnc->bdoc", hot, v)
+        count = torch.einsum("bndo,bnc->bdoc", hot, there)
+        return (total, count, (v * batch.z[..., None]).sum(1) / amount,
+                (total ** 2 / (count + 1)).sum(2) / amount[:, None], amount.log() / 4)
+
+    def _channels(self, r: Reading, hot: Tensor, own: bool) -> tuple[Tensor, Tensor]:
+        """What other measurements say of encoders, (B, t, 8), and of the options that they chose, (B, t, D, 8)."""
+        b, t, d, _ = hot.shape
+        batch = r.batch
+        if batch.channels.shape[2] == 0:
+            return torch.zeros(b, t, 8), torch.zeros(b, t, d, 8)
+        total, count, with_score, between, amount = r.channels
+        v, there = batch.channels * batch.present, batch.present
         seen = torch.zeros(b, t, 8)
-        seen[:, :n] = entry.mean(2)
-        past = hot[:, :n]
-        total = torch.einsum("bndo,bnc->bdoc", past, v)
-        count = torch.einsum("bndo,bnc->bdoc", past, there)
         mean = torch.einsum("btdo,bdoc->btdc", hot, total)
         many = torch.einsum("btdo,bdoc->btdc", hot, count)
-        own, own_there = torch.zeros(b, t, number_of), torch.zeros(b, t, number_of)
-        own[:, :n], own_there[:, :n] = v, there
-        mean, many = mean - own[:, :, None], many - own_there[:, :, None]
+        if own:
+            mean, many = mean - v[:, :, None], many - there[:, :, None]
+            seen = (self.channel_entry(torch.stack([
+                v, batch.z[..., None].expand_as(v), with_score[:, None].expand_as(v),
+                amount[:, None].expand_as(v)], -1)) * there[..., None]).mean(2)
         mean = mean / (many + 1)
-        between = (total ** 2 / (count + 1)).sum(2) / amount[:, None]  # B D C
         pooled = self.channel_cell(torch.stack([
             mean, with_score[:, None, None].expand_as(mean), between[:, None].expand_as(mean), many.log1p() / 4], -1))
         return seen, pooled.mean(3)

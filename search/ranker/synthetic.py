@@ -1,9 +1,9 @@
 """Synthetic search spaces with scores: all that the ranker is trained on.
 
-A :class:`Task` is a space of decisions (some conditional, some sharing their options, some pruned away as in LM-Searcher,
-2509.05657, section 3.2), a hidden score, the noise of a measurement, and channels that are measured along with it. Scores
-are sums of functions from :data:`FAMILIES`, each of which stands for a way in which architectures get good or bad. No
-measured table is among them.
+A :class:`Task` is a space of decisions (some conditional, some sharing their options, some pruned away as in
+LM-Searcher, 2509.05657, section 3.2), a hidden score, the noise of a measurement, and channels that are measured along
+with it. Scores are sums of functions from :data:`FAMILIES`, each of which stands for a way in which architectures get
+good or bad. No measured table is among them.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Channel:
-    """Something measured along with the score: ``function`` of the code, plus ``share`` times the score's own noise, plus
-    noise of its own with the standard deviation ``noise``."""
+    """Something measured along with the score: ``function`` of the code, plus ``share`` times the score's own noise,
+    plus noise of its own with the standard deviation ``noise``."""
 
     function: Function
     share: float
@@ -221,8 +221,8 @@ def counts(rng: Rng, s: Shape) -> Function:
 
 
 def stages(rng: Rng, s: Shape) -> Function:
-    """A chain of layers in stages: each option has a capacity (one may be an identity without any), capacities of a stage
-    add up with falling returns, and the weakest stage counts most."""
+    """A chain of layers in stages: each option has a capacity (one may be an identity without any), capacities of a
+    stage add up with falling returns, and the weakest stage counts most."""
     d = len(s.sizes)
     capacity = np.abs(_effects(rng, s)[..., 0])
     if rng.random() < 0.6:
@@ -287,7 +287,7 @@ def cell(rng: Rng, s: Shape) -> Function:
 
 
 def boxes(rng: Rng, s: Shape) -> Function:
-    """Many small rules: an amount is added where some decisions take certain options, as in a forest of shallow trees."""
+    """Many small rules: an amount is added where some decisions take certain options, as in a forest of small trees."""
     d = len(s.sizes)
     k = int(rng.integers(8, 40))
     amount = rng.normal(size=k)

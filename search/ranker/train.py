@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -17,35 +17,14 @@ from lacer.envs import LacerError
 from lacer.search.files import read_json, write_whole
 from lacer.search.ranker.histories import Batch, Episode, candidates, draw_episodes, draw_queries, to_batch
 from lacer.search.ranker.model import Prediction, Ranker, Size
+from lacer.search.ranker.settings import Training
 
+REUSE = 4
+"""Updates for which a search is used, since it takes as long to make as an update."""
+DECAY = 0.2
+"""Share of the updates, the last ones, in which the learning rate falls to nothing."""
 HELD_OUT = 1_000_000_007
 """Seed of the tasks on which a training is judged."""
-
-
-@dataclass(frozen=True)
-class Training:
-    """Settings; with the same ones the same machine makes the same weights.
-
-    Attributes:
-        steps: updates.
-        seed: of weights, tasks and histories.
-        tokens: encoders, in histories and to be predicted, of one update.
-        queries: encoders to be predicted of a task.
-        longest: longest history.
-        rate: learning rate after the warm-up; it falls to a twentieth by a cosine.
-        itself: share of the updates whose histories are gone on with by the model itself.
-        width, layers: of the network.
-    """
-
-    steps: int = 8000
-    seed: int = 0
-    tokens: int = 2048
-    queries: int = 72
-    longest: int = 100
-    rate: float = 1.5e-3
-    itself: float = 0.25
-    width: int = 96
-    layers: int = 5
 
 
 def loss_of(p: Prediction, target: Tensor) -> dict[str, Tensor]:
@@ -74,10 +53,11 @@ def lengthen(model: Ranker, episodes: list[Episode], more: int, rng: np.random.G
         more -= step
 
 
-def example(model: Ranker, settings: Training, step: int) -> Batch:
-    """The tasks of an update."""
+def examples(model: Ranker, settings: Training, step: int) -> list[Batch]:
+    """The tasks of ``REUSE`` updates from a step on: the same searches, whole and at earlier moments, and each time
+    other candidates."""
     rng = np.random.default_rng([settings.seed, step])
-    n = int(np.exp(rng.uniform(np.log(3), np.log(settings.longest + 1))))
+    n = int(np.exp(rng.uniform(np.log(4), np.log(settings.longest + 1))))
     number = max(4, round(settings.tokens / (n + settings.queries)))
     if n >= 8 and rng.random() < settings.itself and step > 500:
         first = max(4, int(n * rng.uniform(0.3, 0.9)))
@@ -85,24 +65,29 @@ def example(model: Ranker, settings: Training, step: int) -> Batch:
         lengthen(model, episodes, n - first, rng)
     else:
         episodes = draw_episodes(rng, number, n)
-    return to_batch(episodes, [draw_queries(e, rng, settings.queries) for e in episodes], rng)
+    out = []
+    for i in range(REUSE):
+        m = n if i == 0 else int(rng.integers(3, n + 1))
+        before = [Episode(e.task, e.codes[:m], e.y[:m], e.luck[:m]) for e in episodes]
+        out.append(to_batch(before, [draw_queries(e, rng, settings.queries) for e in before], rng))
+    return out
 
 
-def held_out(lengths: tuple[int, ...] = (8, 16, 32, 64), number: int = 48) -> list[Batch]:
+def held_out(lengths: tuple[int, ...] = (8, 16, 32, 64), number: int = 36) -> list[Batch]:
     """Tasks that no training sees."""
     out = []
     for n in lengths:
         for i in range(number // 12):
             rng = np.random.default_rng([HELD_OUT, n, i])
             episodes = draw_episodes(rng, 12, n)
-            out.append(to_batch(episodes, [draw_queries(e, rng, 96) for e in episodes], rng))
+            out.append(to_batch(episodes, [draw_queries(e, rng, 64) for e in episodes], rng))
     return out
 
 
 @torch.no_grad()
 def judge(model: Ranker, batches: list[Batch]) -> dict[str, float]:
-    """Losses on held-out tasks; rank correlation of the model's and of the Gaussian process's means with the scores; and
-    how often a score lies in the predicted 80 % interval."""
+    """Losses on held-out tasks; rank correlation of the model's and of the Gaussian process's means with the scores;
+    and how often a score lies in the predicted 80 % interval."""
     from scipy.stats import spearmanr
 
     rows: dict[str, list[float]] = {}
@@ -118,7 +103,7 @@ def judge(model: Ranker, batches: list[Batch]) -> dict[str, float]:
     return {k: float(np.mean(v)) for k, v in rows.items()}
 
 
-def train(settings: Training, folder: Path, *, resume: bool = False, every: int = 250,
+def train(settings: Training, folder: Path, *, resume: bool = False, every: int = 400,
           say: Callable[[str], None] = print) -> Ranker:
     """Trains, and writes ``weights.safetensors`` (a running mean of the weights) into a folder.
 
@@ -136,6 +121,7 @@ def train(settings: Training, folder: Path, *, resume: bool = False, every: int 
 
     from lacer.search.ranker.weights import save
 
+    every = max(REUSE, every - every % REUSE)  # a checkpoint never lies between updates that share their searches
     there = folder / "checkpoint.pt"
     if there.exists() and not resume:
         raise LacerError(f"{folder} holds a training already; to go on with it: --resume, or choose another --out")
@@ -149,21 +135,28 @@ def train(settings: Training, folder: Path, *, resume: bool = False, every: int 
     optimizer = torch.optim.AdamW(model.parameters(), settings.rate, betas=(0.9, 0.98), weight_decay=0.01)
     first = 0
     if resume:
-        if read_json(folder / "settings.json") != asdict(settings):
-            raise LacerError(f"{folder} was trained with other settings: {read_json(folder / 'settings.json')}")
+        old = read_json(folder / "settings.json")
+        if {**old, "steps": 0} != {**asdict(settings), "steps": 0}:
+            raise LacerError(f"{folder} was trained with other settings: {old}")
         state = torch.load(there, weights_only=True)
         model.load_state_dict(state["model"])
         steady.load_state_dict(state["steady"])
         optimizer.load_state_dict(state["optimizer"])
         first = int(state["step"])
+        if settings.steps != old["steps"] and first > (1 - DECAY) * min(settings.steps, old["steps"]):
+            raise LacerError(f"{folder} has done {first} of {old['steps']} updates, so the learning rate is falling "
+                             f"(or would with {settings.steps}): its number of updates is fixed now")
     write_whole(folder / "settings.json", json.dumps(asdict(settings), indent=1) + "\n")
     writer = SummaryWriter(str(folder), purge_step=first)
+    waiting: list[Batch] = []
     test, sums, start, skipped = held_out(), dict[str, float](), time.perf_counter(), 0
     for step in range(first, settings.steps):
         warm = min(1.0, (step + 1) / 200)
         for group in optimizer.param_groups:
-            group["lr"] = settings.rate * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / settings.steps)))
-        batch = example(model, settings, step)
+            group["lr"] = settings.rate * warm * min(1.0, (settings.steps - step) / (DECAY * settings.steps))
+        if step % REUSE == 0 or not waiting:
+            waiting = examples(model, settings, step - step % REUSE)[step % REUSE:]
+        batch = waiting.pop(0)
         losses = loss_of(model(batch), batch.target)
         loss = losses["density"] + 0.3 * losses["plain"] + 0.3 * losses["top"]
         optimizer.zero_grad(set_to_none=True)

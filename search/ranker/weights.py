@@ -53,8 +53,8 @@ def load(path: Path, sha256: str | None = None) -> Ranker:
     except SafetensorError as e:
         raise LacerError(f"{path} is no safetensors file: {e}") from None
     if about.get("format") != FORMAT:
-        raise LacerError(f"{path} holds weights of version {about.get('format', 'unknown')} of the ranker, this is version "
-                         f"{FORMAT}: train anew with `lacer ranker train`")
+        raise LacerError(f"{path} holds weights of version {about.get('format', 'unknown')} of the ranker, this is "
+                         f"version {FORMAT}: train anew with `lacer ranker train`")
     try:
         model = Ranker(Size(**json.loads(about["size"])))
         model.load_state_dict(tensors)
