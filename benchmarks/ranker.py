@@ -5,10 +5,10 @@
     python benchmarks/ranker.py --parts calibration,speed
 
 Runs are kept in FOLDER/runs.jsonl and are not repeated. Labels: `ranker`; `no-channels`, without probes, learning
-curves and costs; `shuffled`, which sees the scores of its history in a random order; `top`, `quantile`,
-`thompson`, other ways to choose among the predicted; and names of other designers. The last line is JSON: by table and
-label the mean of the best so far with its 95 % bootstrap interval, and over the tables the mean of the normalised one (0: mean of the table,
-1: its best); the share of scores within the predicted 80 % interval; milliseconds per proposal.
+curves and costs; `shuffled`, which sees the scores of its history in a random order; `top`, `quantile`, `thompson`,
+other ways to choose among the predicted; and names of other designers. The last line is JSON: by table and label the
+mean of the best so far with its 95 % bootstrap interval, and over the tables the mean of the normalised one (0: mean
+of the table, 1: its best); the share of scores within the predicted 80 % interval; milliseconds per proposal.
 """
 
 from __future__ import annotations

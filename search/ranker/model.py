@@ -300,7 +300,8 @@ class Ranker(nn.Module):
         width = r.batch.width
         gates = r.gates.repeat_interleave(width, 1).transpose(1, 2)  # B K D*O
         bias = (flat[:, None] * gates[:, :, None]) @ r.flat.transpose(1, 2)[:, None]
-        bias = torch.addcmul(bias, self.near[:, 0, None, None], (covariance / r.amplitude.sum(1)[:, None, None])[:, None])
+        correlation = covariance / r.amplitude.sum(1)[:, None, None]
+        bias = torch.addcmul(bias, self.near[:, 0, None, None], correlation[:, None])
         return torch.addcmul(bias, self.near[:, 1, None, None], far[:, None], value=-1.0)
 
     def _tokens(self, r: Reading, hot: Tensor, histogram: Tensor, guess: Tensor, doubt: Tensor,

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,7 @@ def examples(model: Ranker, settings: Training, step: int) -> list[Batch]:
     return out
 
 
+@cache
 def held_out(lengths: tuple[int, ...] = (8, 16, 32, 64), number: int = 36) -> list[Batch]:
     """Tasks that no training sees."""
     out = []
