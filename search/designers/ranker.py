@@ -27,8 +27,9 @@ HISTORY = 128
 """Trials that the network reads; of longer histories the best half, the latest quarter and some of the others."""
 POOL = 512
 """Candidates in spaces that are too large to be looked at as a whole."""
-FINALS = 512
-"""Of more candidates, so many are scored by the whole network: those that its Gaussian process puts first."""
+FINALS = 192
+"""Of the candidates of a small space, so many are scored by the whole network: those that its Gaussian process puts
+first."""
 CHANNELS = 8
 """Measurements beside the score that it reads, at most."""
 OWN = 12
@@ -212,7 +213,7 @@ class RankerDesigner(Designer):
         """Positions of those that the Gaussian process finds most promising."""
         import torch
 
-        if len(pool) <= FINALS:
+        if len(pool) <= POOL:
             return np.arange(len(pool))
         bound = []
         for part in torch.as_tensor(pool[:, self._free]).split(4096):

@@ -83,6 +83,15 @@ class Prediction:
         return (self.weight * self.deviation * (u * torch.special.ndtr(u) + density)).sum(-1)
 
 
+def _inverse(covariance: Tensor, amplitude: Tensor) -> Tensor:
+    """Inverse of covariances (B, n, n); those that single precision cannot invert get more noise."""
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    if failed.any():
+        more = (failed > 0) * 0.01 * amplitude
+        factor = torch.linalg.cholesky(covariance + more[:, None, None] * torch.eye(covariance.shape[1]))
+    return torch.cholesky_inverse(factor)
+
+
 def _perceptron(*widths: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for a, b in itertools.pairwise(widths):
@@ -250,7 +259,7 @@ class Ranker(nn.Module):
             counts=histogram.reshape(b, n, -1), channels=self._option_channels(batch, hot))
         covariance, far = r.covariance(r.flat, r.counts)
         among = covariance + (kernel[:, 3] + 5e-3)[:, None, None] * torch.eye(n)
-        r.inverse = torch.cholesky_inverse(torch.linalg.cholesky(among))
+        r.inverse = _inverse(among, r.amplitude.sum(1))
         r.alpha = (r.inverse @ z[..., None])[..., 0]
         left_out = 1 / r.inverse.diagonal(dim1=1, dim2=2)
         guess, doubt = z - r.alpha * left_out, left_out.clamp(min=2e-3).sqrt()
