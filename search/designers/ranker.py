@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from lacer.envs import LacerError
 from lacer.search.designers.base import Designer, fresh_sample, register_designer
 from lacer.search.designers.bo import Coder, normal_scores
-from lacer.search.space import Point
+from lacer.search.space import Point, SearchSpace
 from lacer.search.study import Proposal, Study, Trial
 
 if TYPE_CHECKING:
@@ -89,6 +89,10 @@ class RankerDesigner(Designer):
             self._network = shipped() if self.weights is None else load(Path(self.weights))
         return self._network
 
+    def check_space(self, space: SearchSpace) -> None:
+        """Any space will do; reads the weights, so that nothing is trained if they cannot be read."""
+        assert self.network
+
     def propose(self, study: Study, n: int) -> list[Proposal]:
         rng = self.rng(study)
         out: list[Proposal] = []
@@ -123,7 +127,7 @@ class RankerDesigner(Designer):
                 p = self._predict(reading, np.concatenate([pool[index], best]))
                 gain = self._gain(p, len(index), rng)
                 mean, deviation = (v[0].numpy().astype(float) for v in (p.expected(), p.spread()))
-                at = int(rng.choice(np.flatnonzero(gain >= gain.max() - 1e-9)))
+                at = int(rng.choice(np.flatnonzero(gain == gain.max())))
                 point = self._point(coder, pool[index[at]])
                 out.append(Proposal(
                     point, self.name, f"{self.acquisition} {gain[at]:.3g}: predicted {mean[at]:.2f} +- "
@@ -183,7 +187,8 @@ class RankerDesigner(Designer):
             rows = np.arange(n)
             return np.asarray(p.mean[0, :n].numpy()[rows, part]
                               + p.deviation[0, :n].numpy()[rows, part] * rng.normal(size=n), dtype=float)
-        return p.improvement(p.expected()[:, n:].amax(1, keepdim=True))[0, :n].numpy().astype(float)
+        gain = p.improvement(p.expected()[:, n:].amax(1, keepdim=True)) + 1e-6 * (p.expected() + p.spread())
+        return gain[0, :n].numpy().astype(float)  # the second part tells those without hope of improvement apart
 
     def _read(self, coder: Coder, codes: NDArray[np.int64], z: Array, others: Array) -> Reading:
         import torch
@@ -201,8 +206,7 @@ class RankerDesigner(Designer):
         return self.network.read(Batch(
             torch.as_tensor(codes[:, self._free])[None], torch.zeros(1, 0, len(sizes), dtype=torch.long),
             int(coder.sizes.max()), tensor(member[:, self._free]), tensor(z), tensor(np.where(there, others, 0.0)),
-            tensor(there.astype(float)),
-            torch.as_tensor(sizes)[None], torch.zeros(1, 0)))
+            tensor(there.astype(float)), torch.as_tensor(sizes)[None], torch.zeros(1, 0)))
 
     def _predict(self, reading: Reading, codes: NDArray[np.int64]) -> Prediction:
         import torch

@@ -239,6 +239,8 @@ def test_designer_options() -> None:
     with pytest.raises(LacerError, match="start must be at least 1"):
         RankerDesigner(0, start=0)
     space = SearchSpace([Decision(f"d{i}", (1, 2, 3)) for i in range(5)])
+    with pytest.raises(LacerError, match="cannot read"):
+        RankerDesigner(0, weights="none.safetensors").check_space(space)
     first = {}
     for acquisition in ("improvement", "top", "quantile", "thompson"):
         study, d = Study(space), make_plain("ranker", 3, acquisition=acquisition)
