@@ -159,7 +159,7 @@ def play(designer: Designer, source: Table | Function, budget: int, seed: int, n
             else:
                 assert function is not None
                 result = call(function, point, seed)
-                score = shown = result.objective  # type: ignore[assignment]
+                score = shown = result.objective
             designer.observe(study.finish(trial.number, result))
             run.ncode.append(trial.ncode)
             run.score.append(score)

@@ -140,14 +140,14 @@ def simulate(task: Task, rng: Rng, n: int, kind: str) -> tuple[Codes, Array, Arr
         if not len(keep):
             new, keep = task.sample(rng, step), np.arange(step)
         e = task.noise * rng.normal(size=len(keep))
-        codes, y, luck = (np.concatenate(p) for p in (
-            (codes, new[keep]), (y, task.score(new[keep]) + e), (luck, e)))
+        codes, y = np.concatenate([codes, new[keep]]), np.concatenate([y, task.score(new[keep]) + e])
+        luck = np.concatenate([luck, e])
     short = n - len(codes)
     if short > 0:  # a small space: some are measured again
         again = rng.integers(len(codes), size=short)
         e = task.noise * rng.normal(size=short)
-        codes, y, luck = (np.concatenate(p) for p in (
-            (codes, codes[again]), (y, task.score(codes[again]) + e), (luck, e)))
+        codes, y = np.concatenate([codes, codes[again]]), np.concatenate([y, task.score(codes[again]) + e])
+        luck = np.concatenate([luck, e])
     return codes, y, luck
 
 

@@ -208,8 +208,8 @@ class Ranker(nn.Module):
         self.head = _perceptron(w + 3, w, 3 * size.parts + 1)
         with torch.no_grad():
             for layer in (self.weights, self.kernel, self.gates, self.head[-1]):
-                layer.weight.mul_(0.1)  # type: ignore[union-attr, operator]
-                layer.bias.zero_()  # type: ignore[union-attr, operator]
+                layer.weight.mul_(0.1)  # type: ignore[operator]
+                layer.bias.zero_()  # type: ignore[operator]
 
     def forward(self, batch: Batch) -> Prediction:
         return self.predict(self.read(batch), batch.queries)

@@ -23,7 +23,7 @@ class Training:
         width, layers: of the network.
     """
 
-    steps: int = 6000
+    steps: int = 500
     seed: int = 0
     tokens: int = 1024
     queries: int = 72

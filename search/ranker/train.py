@@ -178,8 +178,8 @@ def train(settings: Training, folder: Path, *, resume: bool = False, every: int 
             done = step % every + 1
             seconds = time.perf_counter() - start
             found = judge(steady, test)
-            for k, v in found.items():
-                writer.add_scalar(f"held_out/{k}", v, step + 1)
+            for k, value in found.items():
+                writer.add_scalar(f"held_out/{k}", value, step + 1)
             for k, s in sums.items():
                 writer.add_scalar(f"train/{k}", s / done, step + 1)
             writer.add_scalar("train/seconds_per_step", seconds / done, step + 1)

@@ -28,7 +28,7 @@ from lacer.search.space import Decision, SearchSpace
 from lacer.search.study import Proposal, Study
 from lacer.search.tables import read_table
 
-TINY = Training(steps=24, tokens=160, queries=24, longest=16, width=16, layers=1)
+TINY = Training(steps=16, tokens=160, queries=24, longest=16, width=16, layers=1)
 DATA = Path(__file__).parents[2] / "benchmarks" / "data"
 
 
@@ -138,12 +138,11 @@ def test_histories_stay_in_their_space() -> None:
 def test_training_is_reproducible_and_resumes(tmp_path: Path) -> None:
     lines: list[str] = []
     train(TINY, tmp_path / "a", every=8, say=lines.append)
-    assert len(lines) == 3
-    train(dataclasses.replace(TINY, steps=16), tmp_path / "b", every=8, say=lines.append)
+    assert len(lines) == 2
     with pytest.raises(LacerError, match="holds a training already"):
-        train(TINY, tmp_path / "b")
+        train(TINY, tmp_path / "a")
     with pytest.raises(LacerError, match="its number of updates is fixed"):
-        train(TINY, tmp_path / "b", resume=True)
+        train(dataclasses.replace(TINY, steps=24), tmp_path / "a", resume=True)
     with pytest.raises(LacerError, match="other settings"):
         train(dataclasses.replace(TINY, seed=1), tmp_path / "a", resume=True)
     with pytest.raises(LacerError, match="no training to resume"):
