@@ -15,7 +15,7 @@ import pandas as pd
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lacer.agents import Call, Evaluation
+from lacer.agents import Call
 from lacer.agents.calls import call, find
 from lacer.agents.stats import Array, Comparison, bootstrap, compare, hitting_times, iqm
 from lacer.envs import LacerError, Objective
@@ -153,12 +153,13 @@ def play(designer: Designer, source: Table | Function, budget: int, seed: int, n
             trial = study.start(proposal)
             if isinstance(source, Table):
                 measured = source.scores[trial.ncode]
-                score: float | None = float(measured[rng.integers(len(measured))] if len(measured) > 1 else measured[0])
-                result, shown = Evaluation(objective=score), source.reported[trial.ncode]
+                result = source.evaluation(trial.ncode, int(rng.integers(len(measured))) if len(measured) > 1 else 0)
+                score: float | None = result.objective
+                shown: float | None = source.reported[trial.ncode]
             else:
                 assert function is not None
                 result = call(function, point, seed)
-                score = shown = result.objective  # type: ignore[assignment]
+                score = shown = result.objective
             designer.observe(study.finish(trial.number, result))
             run.ncode.append(trial.ncode)
             run.score.append(score)

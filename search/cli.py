@@ -81,6 +81,13 @@ EXAMPLES = {
   lacer bench make --config composite
   lacer bench make --env lacer/KnownSources-v0 --encoders 100 --seeds 3 --protocol.steps 4000
   lacer bench make --resume bench/20260101-120000-KnownSources-v0""",
+    "ranker train": """examples:
+  lacer ranker train --out ranker
+  lacer ranker train --out ranker --resume
+  lacer ranker train --out small --steps 600 --width 32 --layers 2 --seed 1
+  tensorboard --logdir ranker
+  lacer bench --table benchmarks/data/nasbench_macro.csv.gz --score mean_acc --designers random,bo,ranker
+  lacer search --designer ranker --designer-kwargs '{"weights": "ranker/weights.safetensors"}'""",
     "prompt": """examples:
   lacer prompt runs/R 7
   lacer prompt runs/R 7 | less""",
@@ -309,7 +316,29 @@ def _parser() -> _Parser:
     made.add_argument("--resume", default=None, metavar="FOLDER", help="go on with a folder")
     made.add_argument("--quiet", action="store_true", help="print nothing but the result")
     _add_fields(made, TableConfig, only=COMMON | {"encoders", "seeds"})
+
+    ranker = command("ranker", "train the network of the designer `ranker`: `lacer ranker train`")
+    _add_ranker_train(ranker)
     return parser
+
+
+def _add_ranker_train(parser: _Parser) -> None:
+    from lacer.search.ranker.settings import Training
+
+    p = _Parser(prog="lacer ranker train", usage="lacer ranker train [options]", formatter_class=_HelpFormatter,
+                description="Train the network of the designer `ranker` on synthetic tasks, on one core. Without "
+                "options the shipped weights are made again (bit by bit on the same machine and versions).",
+                epilog=EXAMPLES["ranker train"])
+    p.add_argument("--out", default="ranker", metavar="FOLDER", help="checkpoint, TensorBoard events and "
+                   "weights.safetensors (default: ranker)")
+    p.add_argument("--resume", action="store_true", help="go on with what is in the folder")
+    p.add_argument("--every", type=int, default=400, metavar="N", help="updates between two checkpoints (default: 400)")
+    for name, default, text in (
+            ("steps", Training.steps, "updates"), ("seed", Training.seed, "seed of weights, tasks and histories"),
+            ("width", Training.width, "of an encoder's token"), ("layers", Training.layers, "of the Transformer"),
+            ("longest", Training.longest, "longest history")):
+        p.add_argument(f"--{name}", type=int, default=None, metavar="N", help=f"{text} (default: {default})")
+    parser.add_subcommands(required=True, dest="what").add_subcommand("train", p, help="train it on synthetic tasks")
 
 
 def parse(argv: list[str]) -> Namespace:
@@ -329,7 +358,8 @@ def main(argv: list[str] | None = None) -> None:
             sys.path.append(os.getcwd())
         {"search": _search, "compare": _compare, "train": _train, "evaluate": _evaluate, "watch": _watch,
          "export": _export, "sync": _sync, "show": _show, "prompt": _prompt, "envs": _envs, "blocks": _blocks,
-         "designers": _designers, "bench": _bench, "bench-make": _bench_make}[args.command](args[args.command])
+         "designers": _designers, "bench": _bench, "bench-make": _bench_make,
+         "ranker": _ranker}[args.command](args[args.command])
         print(end="", flush=True)  # not sys.stdout.flush(): there may be none
     except LacerError as e:
         fail(str(e))
@@ -696,6 +726,21 @@ def _bench_make(a: Namespace) -> None:
         name = config.env.split("/")[-1].split(":")[-1]
         folder = Path(a.out) if a.out else Path("bench") / f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
     print(make_table(config, folder, resume=a.resume is not None, quiet=a.quiet))
+
+
+def _ranker(a: Namespace) -> None:
+    import torch
+
+    from lacer.search.ranker.train import Training, train
+
+    t = a["train"]
+    given = {k: t[k] for k in ("steps", "seed", "width", "layers", "longest") if t[k] is not None}
+    for key, value in given.items():
+        if value < (0 if key == "seed" else 1):
+            raise LacerError(f"--{key} must be at least {0 if key == 'seed' else 1}, not {value}")
+    torch.set_num_threads(1)  # small matrices, and the same sums on any number of cores
+    train(Training(**given), Path(t.out), resume=t.resume, every=t.every)
+    print(Path(t.out) / "weights.safetensors")
 
 
 if __name__ == "__main__":

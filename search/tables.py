@@ -12,6 +12,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from lacer.agents import Evaluation
+from lacer.agents.evaluation import Cost
 from lacer.envs import LacerError, did_you_mean
 from lacer.search.space import Decision, Point, SearchSpace, TableSpace
 
@@ -72,6 +74,7 @@ class Table:
         scores: by NCode, the measurements that guide a search: one, or several of which every run draws one.
         reported: by NCode, what is reported of an architecture.
         direction: of both.
+        details: by NCode, for each of the measurements what else came of it; empty where the table holds nothing else.
     """
 
     name: str
@@ -79,12 +82,20 @@ class Table:
     scores: Mapping[str, Array]
     reported: Mapping[str, float]
     direction: Literal["maximize", "minimize"] = "maximize"
+    details: Mapping[str, Sequence[Evaluation]] = field(default_factory=dict, repr=False)
     ordered: Array = field(init=False)
     """All reported scores, best first."""
 
     def __post_init__(self) -> None:
         values = np.sort(np.array(list(self.reported.values())))
         object.__setattr__(self, "ordered", values[::-1] if self.direction == "maximize" else values)
+
+    def evaluation(self, code: str, number: int) -> Evaluation:
+        """One of the measurements of an architecture, as a search gets it: with probes, learning curve and cost, where
+        the table holds them."""
+        score = float(self.scores[code][number])
+        known = self.details.get(code)
+        return Evaluation(objective=score) if known is None else known[number].model_copy(update={"objective": score})
 
     def pruned(self, rng: np.random.Generator, tries: int = 100) -> Table:
         """A random subspace (LM-Searcher, 2509.05657, section 3.2): each decision is fixed to one of its options with
@@ -105,7 +116,8 @@ class Table:
             left = [c for c, parts in codes.items() if all(p in k for p, k in zip(parts, kept, strict=True))]
             if len(left) >= 2:
                 return Table(self.name, ListedSpace(decisions, left), {c: self.scores[c] for c in left},
-                             {c: self.reported[c] for c in left}, self.direction)
+                             {c: self.reported[c] for c in left}, self.direction,
+                             {c: self.details[c] for c in left if c in self.details})
         raise LacerError(f"{self.name}: no subspace of two architectures was found in {tries} tries; leave pruning out")
 
 
@@ -165,7 +177,20 @@ def read_table(path: str | Path, arch: Sequence[str] = ("arch",), score: str = "
     name = Path(path).name.split(".")[0] + "".join(f" {v}" for v in (where or {}).values())
     return Table(name if score in ("score", "objective") else f"{name} {score}", space,
                  {c: guide[r] for c, r in rows.items()}, {c: float(test[r].mean()) for c, r in rows.items()},
-                 "minimize" if minimize else "maximize")
+                 "minimize" if minimize else "maximize",
+                 {c: [_details(data.iloc[i]) for i in r] for c, r in rows.items()} if "decisions" in about else {})
+
+
+def _details(row: pd.Series) -> Evaluation:
+    """What `lacer bench make` wrote of a run beside its score."""
+    probes: dict[str, dict[str, float]] = {}
+    for name, value in row.items():
+        if str(name).startswith("probe/") and pd.notna(value):
+            _, part, probe = str(name).split("/", 2)
+            probes.setdefault(part, {})[probe] = float(value)
+    return Evaluation(curve=[(int(s), float(r)) for s, r in zip(row["curve_steps"], row["curve_returns"], strict=True)],
+                      returns=[float(v) for v in row["returns"]], probes=probes, seed=int(row["seed"]),
+                      cost=Cost(parameters=int(row["cost/parameters"]), env_steps=int(row["cost/env_steps"])))
 
 
 def _load(path: Path, arch: Sequence[str]) -> tuple[pd.DataFrame, dict[str, Any]]:

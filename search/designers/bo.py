@@ -60,7 +60,7 @@ class BO(Designer):
         if start < 1:
             raise LacerError(f"bo: start must be at least 1, not {start}")
         self.start = start
-        self._coder: _Coder | None = None
+        self._coder: Coder | None = None
 
     def propose(self, study: Study, n: int) -> list[Proposal]:
         with _threads().limit(limits=1, user_api="blas"):  # small matrices: threads would only wait for each other
@@ -75,7 +75,7 @@ class BO(Designer):
         if len(out) == n:
             return out
         if self._coder is None or self._coder.space is not study.space:
-            self._coder = _Coder(study.space)
+            self._coder = Coder(study.space)
         coder = self._coder
         known = [t for t in study.trials if t.status != "rejected" and t.proposal.point is not None]
         done = [t for t in known if t.status != "running"]
@@ -132,7 +132,7 @@ class BO(Designer):
         return [p for code, p in pool.items() if code not in taken and study.seen(code) is None]
 
 
-class _Coder:
+class Coder:
     """Points as rows of option numbers, and what a kernel needs to compare them.
 
     Attributes:
@@ -181,7 +181,7 @@ class GP:
     weight per decision.
     """
 
-    coder: _Coder
+    coder: Coder
     log: Array
     codes: NDArray[np.int64]
     y: Array
@@ -194,7 +194,7 @@ class GP:
         self.alpha = cho_solve(self.factor, self.y)
 
     @classmethod
-    def fit(cls, codes: NDArray[np.int64], y: Array, coder: _Coder) -> GP:
+    def fit(cls, codes: NDArray[np.int64], y: Array, coder: Coder) -> GP:
         """The parameters with the highest posterior density, found by L-BFGS from the middle of the prior."""
         hot, histogram = coder.one_hot(codes), coder.histogram(codes)
         differ = (codes.T[:, :, None] != codes.T[:, None, :]).astype(float)

@@ -149,7 +149,7 @@ def test_bo_beats_random_on_a_table(table: dict[str, float]) -> None:
 
 def test_the_gaussian_process_against_its_definition() -> None:
     space = SearchSpace([Decision("a", (0, 1, 2)), Decision("b", (0, 1, 2)), Decision("c", ("x", "y"), ("a", 1))])
-    coder = bo._Coder(space)
+    coder = bo.Coder(space)
     assert len(coder.points) == space.size() == 12
     codes, rng = coder.encode(coder.points), np.random.default_rng(0)
     seen, y = codes[:7], rng.normal(size=7)
