@@ -377,7 +377,7 @@ class MixedTrafficEnv(gym.Env):
         from lacer.envs.traffic.drawing import draw
 
         parts = {name: self._action[part] for name, part in self._slices.items() if part.stop > part.start}
-        said = self._message() if "instruction" in self.observation_space.spaces else None
+        said = self._message() if "instruction" in self.task_card.sources else None
         return draw(self.road, self._seen, said, self._state(), self._total, parts, self._elapsed)
 
     # What is going on

@@ -395,8 +395,9 @@ def _connect(options: list[str], client: Client) -> Any:
         import traci
     except ImportError as e:
         raise LacerError("traci is missing; install it with: pip install eclipse-sumo") from e
+    failed: tuple[type[BaseException], ...] = (*_failures(), SystemExit)
     try:
         traci.start(command, label=label, numRetries=20, stdout=subprocess.DEVNULL)
-    except (*_failures(), SystemExit) as e:
+    except failed as e:
         raise LacerError(f"{command[0]} did not start: {e}") from e
     return traci.getConnection(label)
