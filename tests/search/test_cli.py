@@ -78,7 +78,7 @@ ENV = ["--env", "lacer/KnownSources-v0"]
     (["search", *ENV, "--protocol.ppo.learning-rate", "inf"], "--protocol.ppo.learning-rate must be a finite number"),
     (["search", *ENV, "--llm-format", "xml"], "must be one of auto, json_schema, tool, json_object, plain, not 'xml'"),
     (["search", *ENV, "--env-kwargs", "{sources"], "must be JSON, such as '{\"name\": 1}', not '{sources'"),
-    (["search", *ENV, "--protocol.ppo.shortcuts", "fast"], "must be a list of fused_adam, channels_last, halves, over"),
+    (["search", *ENV, "--protocol.ppo.shortcuts", "fast"], "must be a list of fused_adam, channels_last, batched_ends"),
     (["search", *ENV, "--protocol.ppo.head", "wide"], "ppo.head must be a list, such as '[1, 2]', not 'wide'"),
     (["search", *ENV, "--protocol", "5"], "--protocol could match --protocol.steps, --protocol.eval-episodes, "),
     (["search", *ENV, "--designer", "optuna:"], "unknown designer 'optuna:'; did you mean 'optuna:"),

@@ -95,7 +95,7 @@ def test_an_agents_folder_knows_its_environment(encoder: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize(("args", "message"), [
-    ([], "required"),
+    ([], "show needs FILE"),
     (["/does/not/exist.json", *ENV], "cannot read the encoder file /does/not/exist.json"),
     (["ENCODER"], "which lacer/MixedTraffic-v0 does not have"),
     (["ENCODER"], "lacer/KnownSources-v0: add --env ID"),
