@@ -26,6 +26,7 @@ def test_what_comes_first() -> None:
         assert (ROOT / link).is_file(), link
 
 
+@pytest.mark.slow
 def test_python_in_under_ten_lines(tmp_path: Path) -> None:
     code = PYTHON[0]
     assert "from lacer.search import search" in code

@@ -184,6 +184,7 @@ def test_evaluate(finished: tuple[Path, str, str], lacer: Lacer) -> None:
     assert [float(x) for x in shown.groups()] == pytest.approx(want, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_train(finished: tuple[Path, str, str], lacer: Lacer, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "agent"
     args = ("train", "--encoder", finished[0] / "best" / "encoder.json", "--config", tiny, "--steps", 512,
@@ -196,6 +197,7 @@ def test_train(finished: tuple[Path, str, str], lacer: Lacer, tiny: Path, tmp_pa
     assert "exists already" in again.stderr
 
 
+@pytest.mark.slow
 def test_python_api_repeats_the_result(finished: tuple[Path, str, str], tmp_path: Path) -> None:
     """Same configuration, same seed, another driver process: the same trials."""
     result = search(out=tmp_path / "again", quiet=True, wandb="off", **{**TINY, "workers": 1})
