@@ -6,11 +6,11 @@
     python benchmarks/ranker.py --parts synthetic --labels bo,ranker,improvement,quantile --seeds 60
 
 Runs are kept in FOLDER/runs.jsonl and are not repeated. Labels: `ranker`; `no-channels`, without probes, learning
-curves and costs; `shuffled`, which sees the scores of its history in a random order; `improvement`, `quantile`,
-`thompson`, other ways to choose among the predicted; and names of other designers. The last line is JSON: by table
-and label the mean of the best so far with its 95 % bootstrap interval, and over the tables the mean of the normalised
-one (0: mean of the table, 1: its best); the share of scores within the predicted 80 % interval; milliseconds per
-proposal.
+curves and costs; `shuffled`, which sees the scores of its history in a random order; `generated`, which writes an
+encoder decision by decision in place of choosing from a pool; `improvement`, `quantile`, `thompson`, other ways to
+choose among the predicted; NAME=FILE, other weights; and names of other designers. The last line is JSON: by table and
+label the mean of the best so far with its 95 % bootstrap interval, and over the tables the mean of the normalised one
+(0: mean of the table, 1: its best); the share of scores within the predicted 80 % interval; milliseconds per proposal.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lacer.agents import Evaluation
 from lacer.agents.stats import bootstrap
 from lacer.envs import LacerError
 from lacer.search.bench import play
-from lacer.search.designers.base import Designer, make_plain
+from lacer.search.designers.base import Designer, fresh_sample, make_plain
 from lacer.search.designers.ranker import RankerDesigner
 from lacer.search.ranker.histories import Scale, draw_shapes
 from lacer.search.ranker.synthetic import Task, make_task
@@ -49,6 +49,27 @@ class Shuffled(RankerDesigner):
     def _read(self, coder: Any, codes: Any, z: Any, others: Any) -> Any:
         order = np.random.default_rng([self.seed, len(z)]).permutation(len(z))
         return super()._read(coder, codes, z[order], others)
+
+
+class Generated(RankerDesigner):
+    """The ranker, writing in place of ranking: a random encoder, each decision of which then takes the option that the
+    network likes best, in two rounds. For spaces without conditions."""
+
+    def _rank(self, study: Study, out: list[Proposal], n: int, rng: np.random.Generator) -> None:
+        coder, codes, z, others, _ = self._history(study, rng)
+        best = codes[np.argsort(-z, kind="stable")[:12]]
+        with torch.inference_mode():
+            reading = self._read(coder, codes, z, others)
+            while len(out) < n:
+                [code] = coder.encode([study.space.sample(rng)])
+                for d in (*range(len(code)), *range(len(code))):
+                    near = np.repeat(code[None], coder.sizes[d] - 1, 0)
+                    near[:, d] = np.arange(len(near))
+                    p = self._predict(reading, np.concatenate([near, best]))
+                    code = near[self._gain(p, len(near), rng).argmax()]
+                point = self._point(coder, code)
+                new = study.seen(study.space.to_ncode(point)) is None
+                out.append(Proposal(point if new else fresh_sample(study, out, rng), self.name))
 
 
 def table(name: str) -> Table:
@@ -75,8 +96,12 @@ def designer(label: str, seed: int) -> Designer:
         return RankerDesigner(seed, channels=False)
     if label == "shuffled":
         return Shuffled(seed)
+    if label == "generated":
+        return Generated(seed)
     if label in ("improvement", "quantile", "thompson"):
         return RankerDesigner(seed, acquisition=label)  # type: ignore[arg-type]
+    if "=" in label:
+        return RankerDesigner(seed, weights=label.split("=", 1)[1])
     return make_plain(label, seed)
 
 

@@ -338,6 +338,9 @@ def _add_ranker_train(parser: _Parser) -> None:
             ("width", Training.width, "of an encoder's token"), ("layers", Training.layers, "of the Transformer"),
             ("longest", Training.longest, "longest history")):
         p.add_argument(f"--{name}", type=int, default=None, metavar="N", help=f"{text} (default: {default})")
+    p.add_argument("--without", default=None, metavar="FAMILY,…", help="families of functions that no task is made of, "
+                   "to see what each is good for (default: none)")
+    p.add_argument("--no-prune", action="store_true", help="whole spaces only (default: a quarter is pruned)")
     parser.add_subcommands(required=True, dest="what").add_subcommand("train", p, help="train it on synthetic tasks")
 
 
@@ -734,12 +737,14 @@ def _ranker(a: Namespace) -> None:
     from lacer.search.ranker.train import Training, train
 
     t = a["train"]
-    given = {k: t[k] for k in ("steps", "seed", "width", "layers", "longest") if t[k] is not None}
+    given: dict[str, Any] = {k: t[k] for k in ("steps", "seed", "width", "layers", "longest") if t[k] is not None}
     for key, value in given.items():
         if value < (0 if key == "seed" else 1):
             raise LacerError(f"--{key} must be at least {0 if key == 'seed' else 1}, not {value}")
     torch.set_num_threads(1)  # small matrices, and the same sums on any number of cores
-    train(Training(**given), Path(t.out), resume=t.resume, every=t.every)
+    if t.without:
+        given["without"] = tuple(s.strip() for s in t.without.split(","))
+    train(Training(**given, prune=not t.no_prune), Path(t.out), resume=t.resume, every=t.every)
     print(Path(t.out) / "weights.safetensors")
 
 

@@ -182,14 +182,14 @@ class Episode:
         self.y, self.luck = np.concatenate([self.y, self.task.score(codes) + e]), np.concatenate([self.luck, e])
 
 
-def draw_shapes(rng: Rng, number: int) -> list[Shape]:
+def draw_shapes(rng: Rng, number: int, prune: bool = True) -> list[Shape]:
     """Spaces with equally many decisions, and options at most."""
     d = int(rng.choice([3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 18, 24], p=[
         .03, .06, .1, .17, .08, .15, .11, .09, .08, .06, .05, .02]))
     o = int(rng.choice([2, 3, 4, 5, 6, 8, 10], p=[.1, .28, .27, .15, .1, .07, .03]))
     while o ** d < 200:
         d += 1
-    return [make_shape(rng, d, o) for _ in range(number)]
+    return [make_shape(rng, d, o, prune=prune) for _ in range(number)]
 
 
 def to_batch(episodes: list[Episode], queries: list[Codes], rng: Rng, target: bool = True) -> Batch:
@@ -221,12 +221,12 @@ def to_batch(episodes: list[Episode], queries: list[Codes], rng: Rng, target: bo
 
 
 def draw_episodes(rng: Rng, number: int, n: int, families: tuple[str, ...] | None = None,
-                  channels: int | None = None) -> list[Episode]:
+                  channels: int | None = None, prune: bool = True) -> list[Episode]:
     """Tasks of one shape with histories of n encoders."""
     if channels is None:
         channels = 0 if rng.random() < 0.55 else int(rng.integers(1, 7))
     out = []
-    for shape in draw_shapes(rng, number):
+    for shape in draw_shapes(rng, number, prune):
         task = make_task(rng, shape, channels, *((families,) if families else ()))
         kind = str(rng.choice(["random", "evolution", "gp", "mixed"], p=[0.3, 0.25, 0.2, 0.25]))
         out.append(Episode(task, *simulate(task, rng, n, kind)))

@@ -21,6 +21,8 @@ class Training:
         rate: learning rate between the warm-up and the last fifth of the updates, in which it falls to nothing.
         itself: share of the updates whose histories are gone on with by the model itself.
         width, layers: of the network.
+        without: families of functions that no task is made of.
+        prune: whether a quarter of the spaces are pruned.
     """
 
     steps: int = 500
@@ -32,3 +34,5 @@ class Training:
     itself: float = 0.25
     width: int = 64
     layers: int = 4
+    without: tuple[str, ...] = ()
+    prune: bool = True

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lacer.envs import LacerError
+from lacer.envs import LacerError, did_you_mean
 from lacer.search.files import read_json, write_whole
 from lacer.search.ranker.histories import Batch, Episode, candidates, draw_episodes, draw_queries, to_batch
 from lacer.search.ranker.model import Prediction, Ranker, Size
 from lacer.search.ranker.settings import Training
+from lacer.search.ranker.synthetic import FAMILIES
 
 REUSE = 4
 """Updates for which a search is used, since it takes as long to make as an update."""
@@ -58,14 +59,15 @@ def examples(model: Ranker, settings: Training, step: int) -> list[Batch]:
     """The tasks of ``REUSE`` updates from a step on: the same searches, whole and at earlier moments, and each time
     other candidates."""
     rng = np.random.default_rng([settings.seed, step])
+    families = tuple(f for f in FAMILIES if f not in settings.without)
     n = int(np.exp(rng.uniform(np.log(4), np.log(settings.longest + 1))))
     number = max(4, round(settings.tokens / (n + settings.queries)))
     if n >= 8 and rng.random() < settings.itself and step > 500:
         first = max(4, int(n * rng.uniform(0.3, 0.9)))
-        episodes = draw_episodes(rng, number, first)
+        episodes = draw_episodes(rng, number, first, families, prune=settings.prune)
         lengthen(model, episodes, n - first, rng)
     else:
-        episodes = draw_episodes(rng, number, n)
+        episodes = draw_episodes(rng, number, n, families, prune=settings.prune)
     out = []
     for i in range(REUSE):
         m = n if i == 0 else int(rng.integers(3, n + 1))
@@ -117,12 +119,18 @@ def train(settings: Training, folder: Path, *, resume: bool = False, every: int 
         say: gets a line with every checkpoint.
 
     Raises:
-        LacerError: the folder holds a training and ``resume`` is not set, none to resume, or one with other settings.
+        LacerError: an unknown family; or the folder holds a training and ``resume`` is not set, none to resume, or one
+            with other settings.
     """
     from torch.utils.tensorboard import SummaryWriter
 
     from lacer.search.ranker.weights import save
 
+    for name in settings.without:
+        if name not in FAMILIES:
+            raise LacerError(f"there is no family {name!r}{did_you_mean(name, FAMILIES)}")
+    if set(settings.without) == set(FAMILIES):
+        raise LacerError("without every family there is nothing to train on")
     every = max(REUSE, every - every % REUSE)  # a checkpoint never lies between updates that share their searches
     there = folder / "checkpoint.pt"
     if there.exists() and not resume:
@@ -130,6 +138,7 @@ def train(settings: Training, folder: Path, *, resume: bool = False, every: int 
     if resume and not there.exists():
         raise LacerError(f"{folder} holds no training to resume")
     folder.mkdir(parents=True, exist_ok=True)
+    plain = asdict(settings) | {"without": list(settings.without)}  # as JSON has it
     torch.manual_seed(settings.seed)
     size = Size(width=settings.width, layers=settings.layers)
     model, steady = Ranker(size), Ranker(size)
@@ -138,7 +147,7 @@ def train(settings: Training, folder: Path, *, resume: bool = False, every: int 
     first = 0
     if resume:
         old = read_json(folder / "settings.json")
-        if {**old, "steps": 0} != {**asdict(settings), "steps": 0}:
+        if {**old, "steps": 0} != {**plain, "steps": 0}:
             raise LacerError(f"{folder} was trained with other settings: {old}")
         state = torch.load(there, weights_only=True)
         model.load_state_dict(state["model"])
@@ -148,7 +157,7 @@ def train(settings: Training, folder: Path, *, resume: bool = False, every: int 
         if settings.steps != old["steps"] and first > (1 - DECAY) * min(settings.steps, old["steps"]):
             raise LacerError(f"{folder} has done {first} of {old['steps']} updates, so the learning rate is falling "
                              f"(or would with {settings.steps}): its number of updates is fixed now")
-    write_whole(folder / "settings.json", json.dumps(asdict(settings), indent=1) + "\n")
+    write_whole(folder / "settings.json", json.dumps(plain, indent=1) + "\n")
     writer = SummaryWriter(str(folder), purge_step=first)
     waiting: list[Batch] = []
     test, sums, start, skipped = held_out(), dict[str, float](), time.perf_counter(), 0
@@ -187,7 +196,7 @@ def train(settings: Training, folder: Path, *, resume: bool = False, every: int 
             torch.save({"model": model.state_dict(), "steady": steady.state_dict(), "step": step + 1,
                         "optimizer": optimizer.state_dict()}, there.with_suffix(".tmp"))
             there.with_suffix(".tmp").replace(there)
-            save(steady, folder / "weights.safetensors", asdict(settings) | {"done": step + 1})
+            save(steady, folder / "weights.safetensors", plain | {"done": step + 1})
             say(f"{step + 1}/{settings.steps}  {seconds / done:.2f} s/step  train " + "  ".join(
                 f"{k} {s / done:.3f}" for k, s in sums.items()) + "  held out " + "  ".join(
                 f"{k} {v:.3f}" for k, v in found.items()) + (f"  skipped {skipped}" if skipped else ""))

@@ -174,9 +174,19 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out.strip().endswith("weights.safetensors")
     d = RankerDesigner(0, weights=str(tmp_path / "r" / "weights.safetensors"))
     assert parameters(d.network) < parameters(shipped())
-    for wrong in (["--steps", "0"], ["--stepps", "4"]):
+    capsys.readouterr()
+    for wrong, says in ((["--steps", "0"], "must be at least 1"), (["--stepps", "4"], "--steps"),
+                        (["--without", "cel"], "did you mean 'cell'?"), (["--without", ",".join(FAMILIES)], "nothing")):
         with pytest.raises(SystemExit, match="2"):
             cli.main(["ranker", "train", "--out", str(tmp_path / "s"), *wrong])
+        assert says in capsys.readouterr().err
+    without = ["--without", "cell,pairs", "--no-prune"]
+    cli.main(["ranker", "train", "--out", str(tmp_path / "t"), *options, *without])
+    assert json.loads((tmp_path / "t" / "settings.json").read_text())["without"] == ["cell", "pairs"]
+    cli.main(["ranker", "train", "--out", str(tmp_path / "t"), *options, *without, "--resume"])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["ranker", "train", "--out", str(tmp_path / "t"), *options, "--resume"])
+    assert "other settings" in capsys.readouterr().err
 
 
 def test_weights_are_checked(tmp_path: Path) -> None:
