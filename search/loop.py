@@ -722,8 +722,8 @@ class _Driver(Listener):
         self.trackers = []
 
     def _media(self) -> Media:
-        """Records the winner in a process of its own, where its environment can be rendered; a search has no less to
-        show without."""
+        """Records the winner in a process of its own, where its environment can be rendered, unless an earlier session
+        has done so; a search has no less to show without."""
         best = self.folder / "best"
         if not self.config.video or not best.is_dir():
             return Media()
@@ -738,6 +738,9 @@ class _Driver(Listener):
                 check_video(video)
             except LacerError:  # without the extra
                 video = best / "video.gif"
+            told = best / "frames.json"
+            if video.is_file() and told.is_file():  # best/ is replaced as a whole, so they show this winner
+                return _media_of(video, read_json(told))
             job = {"agent": str(best), "video": str(video), "frames": str(best / "frames"),
                    "seed": self.config.protocol.eval_seed + FINAL_SEEDS}
             done = subprocess.run([sys.executable, "-P", "-m", "lacer.agents.video", json.dumps(job)],
@@ -745,11 +748,18 @@ class _Driver(Listener):
             if done.returncode:
                 raise LacerError((done.stderr.strip().splitlines() or ["it was killed"])[-1])
             frames = json.loads(done.stdout.splitlines()[-1])["frames"]
+            frames = {source: [Path(p).name for p in paths] for source, paths in frames.items()}
+            write_whole(told, json.dumps(frames) + "\n")
         except (LacerError, OSError, ValueError, subprocess.TimeoutExpired) as e:
             self.display.say(f"No video of the winner: {str(e)[:300]}")
             return Media()
         self.display.say(f"Video of the winner: {video}")
-        return Media(video, {source: tuple(map(Path, paths)) for source, paths in frames.items()})
+        return _media_of(video, frames)
+
+
+def _media_of(video: Path, frames: dict[str, list[str]]) -> Media:
+    return Media(video, {source: tuple(video.parent / "frames" / name for name in names)
+                         for source, names in frames.items()})
 
 
 def _tell(tracker: Tracker, trial: Trial, totals: Totals) -> None:
