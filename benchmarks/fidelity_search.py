@@ -27,7 +27,8 @@ import yaml
 from lacer.agents.stats import bootstrap
 from lacer.search import search
 
-COMPOSITE = Path(__file__).parents[1] / "configs" / "bench" / "composite.yaml"
+QUICK = Path(__file__).parents[1] / "configs" / "comparisons" / "quick.yaml"
+"""Its searches have CompositeBench's task, space and configuration, and an expert."""
 HALVING: dict[str, Any] = {"rungs": [256, 1024], "reduction": 4, "signal": "return+probe:linear_probe"}
 
 
@@ -54,12 +55,11 @@ ARMS = {"random": Arm("random", {}), "halving": Arm("random", HALVING),
 
 def run(folder: Path, steps: int, seed: int, arm: Arm) -> dict[str, float]:
     """One search: candidates, steps, score of the winner when it was chosen and in the end."""
-    config = yaml.safe_load(COMPOSITE.read_text())
-    options = {"env": config["env"], "space": config["space"], "text_model": "hash", "designer": arm.designer,
-               "seed": seed, "candidates": 10_000, "max_env_steps": steps * arm.times,
-               "expert_first": False, "executor": "inprocess", "final_episodes": 32,
-               "protocol": {**config["protocol"], "probes": ["linear_probe"]}, "final_steps": 2048, "wandb": "off",
-               "video": False, "fidelity": arm.fidelity}
+    base = yaml.safe_load(QUICK.read_text())["base"]
+    options = {**base, "designer": arm.designer, "seed": seed, "candidates": 10_000, "max_env_steps": steps * arm.times,
+               "protocol": {**base["protocol"], "probes": ["linear_probe"]}, "expert_first": False,
+               "final_steps": 2048, "final_episodes": 32, "executor": "inprocess", "video": False,
+               "fidelity": arm.fidelity}
     result = search(resume=folder, quiet=True) if (folder / "study.db").exists() else search(
         out=folder, quiet=True, **options)
     o = result.outcome
