@@ -44,8 +44,10 @@ def bootstrap(x: ArrayLike, statistic: Statistic = "mean", *, level: float = 0.9
         Lower and upper ends, each of shape () or (points,).
 
     Raises:
-        ValueError: no runs, or values that are not finite.
+        ValueError: no runs, values that are not finite, or another statistic.
     """
+    if statistic not in ("mean", "iqm"):
+        raise ValueError(f"statistic must be 'mean' or 'iqm', not {statistic!r}")
     a = np.asarray(x, float)
     if not len(a) or not np.isfinite(a).all():
         raise ValueError("a bootstrap needs at least one run, and finite values")

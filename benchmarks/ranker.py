@@ -216,7 +216,7 @@ def synthetic(labels: list[str], numbers: range, budget: int, out: Path) -> dict
 
 def interval(values: np.ndarray) -> list[float]:
     """Mean and its 95 % bootstrap interval."""
-    low, high = bootstrap(values, np.mean)
+    low, high = bootstrap(values)
     return [round(float(v), 5) for v in (values.mean(), low, high)]
 
 

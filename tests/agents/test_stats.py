@@ -48,6 +48,8 @@ def test_bootstrap_needs_finite_runs() -> None:
     for bad in ([], [1.0, np.nan]):
         with pytest.raises(ValueError, match="finite"):
             stats.bootstrap(bad)
+    with pytest.raises(ValueError, match="statistic"):
+        stats.bootstrap([1.0, 2.0], np.mean)  # type: ignore[arg-type]
 
 
 def test_improvement_counts_pairs() -> None:
