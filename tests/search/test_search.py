@@ -368,8 +368,8 @@ def test_a_video_is_recorded_once(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     protocol = {"steps": 64, "eval_episodes": 2, "ppo": {"n_envs": 2, "n_steps": 16, "batch_size": 32}}
     search("lacer/MixedTraffic-v0", env_kwargs={"scene": "sources", "horizon": 30.0, "warm_up": 10.0}, space="quick",
-           protocol=protocol, designer="random", candidates=1, final_steps=64, final_episodes=2, wandb="off", quiet=True,
-           executor="inprocess", text_model="hash", out=folder)
+           protocol=protocol, designer="random", candidates=1, final_steps=64, final_episodes=2, wandb="off",
+           quiet=True, executor="inprocess", text_model="hash", out=folder)
     [video] = (folder / "best").glob("video.*")
     before = video.stat().st_mtime_ns
     frames = json.loads((folder / "best" / "frames.json").read_text())
