@@ -40,10 +40,11 @@ class MixedTrafficEnv(gym.Env):
 
     Observation, a Dict of five sources (S controlled segments, L lanes, K segments where incidents may happen, A
     actions); columns in brackets are there if the source can carry the news, see below:
-        traffic: vector (4 (S + 1) + 2 S L + 2 [+ K L],): density (1 = 80 veh/km/lane), mean speed (1 = 27.78 m/s),
-            spread of speed (1 = 10 m/s), CAV share, of each segment and the exit; density and speed of each lane of
-            each segment; density and speed of the ramp; [alarm of automatic incident detection on each lane where
-            incidents may happen, 1 for a broken-down vehicle]. With relative detector noise.
+        traffic: vector (4 (S + 1) + 4 S L + 2 [+ K L],): density (1 = 80 veh/km/lane), mean speed (1 = 27.78 m/s),
+            spread of speed (standard deviation, 1 = 10 m/s), CAV share, of each segment and the exit; the same four of
+            each lane of each segment; density and speed of the ramp; [alarm of automatic incident detection on each
+            lane where incidents may happen, 1 for a broken-down vehicle]. Without vehicles speed is 1, the others are
+            0. With relative detector noise.
         history: series (T, 3 (S + 1) [+ K L] + A), oldest first: speed, density, flow (1 = 0.5 veh/s/lane) of each
             segment and the exit, [flow (1 = 0.15 veh/s) of each lane at the end of the segments where incidents may
             happen, the last intervals of the warm-up too], then the action.
@@ -240,7 +241,7 @@ class MixedTrafficEnv(gym.Env):
         return [
             SourceSpec("traffic", "vector", box(self._detectors.size),
                        "Detectors now, noisy: density, mean speed, spread of speed and CAV share of each road segment, "
-                       "then density and speed of each lane of each segment, then density and speed of the ramp."
+                       "then the same four of each lane of each segment, then density and speed of the ramp."
                        + (" Last: alarm for a standing vehicle, by lane, where breakdowns happen." + silent
                           if "traffic" in carry else "")),
             SourceSpec("history", "series",

@@ -18,6 +18,8 @@ COUNTED = 0.15
 """Flow by lane that reads 1 at a counter: vehicles per second."""
 HIGHEST = 2.0
 """Readings end here."""
+EMPTY = (0.0, 1.0, 0.0, 0.0)
+"""Density, mean speed, spread of speed and CAV share of a segment or lane without vehicles."""
 VEHICLE_COLUMNS = 7
 
 
@@ -26,8 +28,8 @@ class Detectors:
 
     Attributes:
         size: length of :meth:`read`'s first array: density, mean speed, spread of speed and CAV share of each segment
-            and the exit; density and speed of each lane of each segment; density and speed of the ramp; alarm, 1
-            where a vehicle has broken down, for each lane of the segments ``watched``.
+            and the exit; the same four of each lane of each segment; density and speed of the ramp; alarm, 1 where a
+            vehicle has broken down, for each lane of the segments ``watched``. Where no vehicle is, see ``EMPTY``.
         summary: length of the second: speed, density and flow of each segment and the exit.
     """
 
@@ -35,7 +37,7 @@ class Detectors:
         self._noise, self._watched, self._ramp_space = noise, watched, road.ramp_length * JAM
         self._stretches, self._lanes, self._segments = road.stretches, road.lanes, road.segments
         self._places, self._m = road.places, len(road.stretches) - 1
-        self.size = 4 * self._m + 2 * self._segments * self._lanes + 2 + len(watched) * road.lanes
+        self.size = 4 * (self._m + self._segments * self._lanes) + 2 + len(watched) * road.lanes
         self.summary = 3 * self._m
 
     def read(self, s: Snapshot, rng: np.random.Generator, by_lane: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -50,24 +52,20 @@ class Detectors:
             told: list[float] = []
             for k in range(stretch.lanes + offset):
                 n = counts[place]
-                v = 0.0
+                cell = EMPTY
                 if n:
                     part = speeds[i:i + n]
-                    v = sum(part)
-                    count, pace, square = count + n, pace + v, square + sum([u * u for u in part])
-                    cavs += sum(cav[i:i + n])
+                    v, u, c = sum(part), sum([x * x for x in part]), sum(cav[i:i + n])
+                    count, pace, square, cavs = count + n, pace + v, square + u, cavs + c
+                    cell = _cell(n, v, u, c, space)
                     i += n
                 place += 1
                 if k >= offset:
-                    told += (n / space, v / n / MAIN_LIMIT if n else 1.0)
-            density, speed, mean = count / (stretch.length * stretch.lanes * JAM), 1.0, 0.0
-            if count:
-                mean = pace / count
-                speed = mean / MAIN_LIMIT
-            some = count or 1
-            head += (density, speed, math.sqrt(max(square / some - mean * mean, 0.0)) / 10, cavs / some)
+                    told += cell
+            segment = _cell(count, pace, square, cavs, space * stretch.lanes) if count else EMPTY
+            head += segment
             if e <= self._segments:
-                lanes += told if by_lane else (density, speed) * stretch.lanes
+                lanes += told if by_lane else segment * stretch.lanes
         on_ramp = counts[-1]
         ramp = (on_ramp / self._ramp_space, sum(speeds[i:]) / on_ramp / RAMP_LIMIT if on_ramp else 1.0)
         out = np.array([*head, *lanes, *ramp, *self._alarm(s, by_lane)])
@@ -91,6 +89,12 @@ class Detectors:
                 else:
                     out[first:first + self._lanes] = [1 / self._lanes] * self._lanes
         return out
+
+
+def _cell(n: int, pace: float, square: float, cavs: int, space: float) -> tuple[float, float, float, float]:
+    """Density, mean speed, spread and CAV share of ``n`` vehicles from the sums of their speeds and squared speeds."""
+    mean = pace / n
+    return n / space, mean / MAIN_LIMIT, math.sqrt(max(square / n - mean * mean, 0.0)) / 10, cavs / n
 
 
 def counters(counts: np.ndarray, seconds: float, by_lane: bool) -> np.ndarray:
