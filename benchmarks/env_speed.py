@@ -51,8 +51,8 @@ def bare(env: MixedTrafficEnv, seed: int) -> float:
     start = time.process_time()
     for command in commands:
         for i in range(steps):
-            if simulation._incident:
-                simulation._break_down(simulation._incident)
+            if simulation.now >= simulation._due:
+                simulation._break_down()
             if i % every == 0:
                 simulation._apply(command)
             simulation.sumo.simulationStep()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import itertools
+import math
 import os
 import shutil
 import subprocess
@@ -136,8 +137,9 @@ class Tally:
     co2: float = 0.0
 
     def add(self, other: Tally) -> None:
+        mine = vars(self)
         for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + value)
+            mine[name] += value
 
     @property
     def speed(self) -> float:
@@ -177,7 +179,9 @@ class Simulation:
         self._entered, self._left = 0, 0
         self.broken: str | None = None
         """The broken-down vehicle, while the incident lasts."""
-        self._departs, self._incident = departs, incident
+        self._departs, self._incident = [*departs, math.inf], incident
+        self._due = incident.start if incident else math.inf
+        """When :meth:`_break_down` has something to do."""
         self._caps: dict[str, float] = {}
         self._pressing: set[str] = set()
         self._ramp_x, self._road_length = road.places[-1].start, road.length
@@ -207,6 +211,8 @@ class Simulation:
         simulation = self.sumo.simulation
         self._calls = (self.sumo.simulationStep, simulation.getDepartedIDList, simulation.getArrivedIDList,
                        simulation.getCollidingVehiclesNumber)  # looked up once: they are called in every step
+        self._cars, self._lane_ids, self._fumes = (
+            self.sumo.vehicle, self.sumo.lane.getLastStepVehicleIDs, self.sumo.edge.getCO2Emission)
 
     def _start(self, options: list[str]) -> Any:
         global _holder
@@ -250,46 +256,43 @@ class Simulation:
         """
         if self.sumo is None:
             raise LacerError("the simulation is closed; call reset() first")
-        tally = Tally(metres=-self._driven)
-        every = max(1, round(REAPPLY / self.step_length))
-        steps = round(seconds / self.step_length)
+        step, departed, arrived, colliding = self._calls
+        length, departs = self.step_length, self._departs
+        every, steps = max(1, round(REAPPLY / length)), round(seconds / length)
+        metres, driving, waiting, left, travelled, collisions = -self._driven, 0.0, 0.0, 0, 0.0, 0
         try:
             for i in range(steps):
-                if self._incident:
-                    self._break_down(self._incident)
-                if i % every == 0 and command is not None:
+                now = self.now
+                if now >= self._due:
+                    self._break_down()
+                if command is not None and i % every == 0:
                     self._apply(command)
-                self._step(tally)
+                step()
+                if departs[self._entered] <= now + 1e-3:  # else nobody was due to enter
+                    for v in departed():
+                        self._entered += 1
+                        if v[1] == "r":
+                            metres -= self._ramp_x
+                self.now = now = now + length
+                if gone := arrived():
+                    left += len(gone)
+                    metres += len(gone) * self._road_length
+                    for v in gone:
+                        travelled += now - departs[int(v[2:])]
+                driving += (self._entered - self._left - left) * length
+                if departs[self._entered] <= now:
+                    waiting += self.backlog * length
+                collisions += colliding()
             self.seen = self._read()
-            braking, fumes = self.sumo.vehicle.getAcceleration, self.sumo.edge.getCO2Emission
-            tally.hard = sum([braking(v) < HARD for v in self.seen.ids])
-            tally.co2 = sum(map(fumes, self._edges)) * seconds / 1000
+            hard = sum([a < HARD for a in map(self._cars.getAcceleration, self.seen.ids)])
+            co2 = sum(map(self._fumes, self._edges)) * seconds / 1000
         except self._errors as e:
             self.close()
             raise LacerError(f"the SUMO simulation failed at {self.now:.1f} s: {e}; reset() starts a new one") from e
+        self._left += left
         # Every vehicle drove from where it was, or entered, to where it is, or to the exit.
         self._driven = float(self.seen.x.sum())
-        tally.metres += self._driven
-        return tally
-
-    def _step(self, tally: Tally) -> None:
-        step, departed, arrived, colliding = self._calls
-        step()
-        self.now = now = self.now + self.step_length
-        for v in departed():
-            self._entered += 1
-            if v[1] == "r":
-                tally.metres -= self._ramp_x
-        gone = arrived()
-        if gone:
-            self._left += len(gone)
-            tally.arrived += len(gone)
-            tally.metres += len(gone) * self._road_length
-            for v in gone:
-                tally.travelled += now - self._departs[int(v[2:])]
-        tally.driving += (self._entered - self._left) * self.step_length
-        tally.waiting += self.backlog * self.step_length
-        tally.collisions += colliding()
+        return Tally(metres + self._driven, driving, waiting, left, travelled, hard, collisions, co2)
 
     def counts(self) -> np.ndarray:
         """Vehicles that passed each counter in the last whole interval, (places, L)."""
@@ -301,15 +304,13 @@ class Simulation:
         """Vehicles that should have entered and wait for room."""
         return max(0, bisect.bisect_right(self._departs, self.now) - self._entered)
 
-    def _break_down(self, incident: Incident) -> None:
+    def _break_down(self) -> None:
         """Stop the next vehicle that drives up on the lane; clear the road when the incident ends."""
-        sumo = self.sumo
+        sumo, incident = self.sumo, self._incident
+        assert incident is not None
         if self.broken is not None:
-            if self.now >= incident.end:
-                sumo.vehicle.resume(self.broken)
-                self.broken = self._incident = None
-            return
-        if self.now < incident.start:
+            sumo.vehicle.resume(self.broken)
+            self.broken, self._due = None, math.inf
             return
         for stretch in (incident.stretch, incident.stretch - 1):
             s = self.road.stretches[stretch]
@@ -324,7 +325,7 @@ class Simulation:
                     sumo.vehicle.setStop(v, at.name, incident.position, incident.lane + at.offset, 1e6)
                 except self._errors:  # it cannot stop there any more
                     continue
-                self.broken = v
+                self.broken, self._due = v, incident.end
                 return
 
     def _apply(self, command: Command) -> None:
@@ -355,16 +356,11 @@ class Simulation:
                     sumo.vehicle.changeLane(v, to + s.offset, REAPPLY)
 
     def _read(self) -> Snapshot:
-        lane_ids, vehicle = self.sumo.lane.getLastStepVehicleIDs, self.sumo.vehicle
-        ids: list[str] = []
-        counts = []
-        for name in self._lanes:
-            here = lane_ids(name)
-            ids += here
-            counts.append(len(here))
+        found = list(map(self._lane_ids, self._lanes))
+        ids = list(itertools.chain.from_iterable(found))
         return Snapshot(
-            self.road, counts, ids, list(map(vehicle.getLanePosition, ids)), list(map(vehicle.getSpeed, ids)),
-            ids.index(self.broken) if self.broken in ids else None)
+            self.road, list(map(len, found)), ids, list(map(self._cars.getLanePosition, ids)),
+            list(map(self._cars.getSpeed, ids)), ids.index(self.broken) if self.broken in ids else None)
 
 
 def _failures() -> tuple[type[Exception], ...]:
