@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from itertools import accumulate, pairwise
+from itertools import accumulate
+from operator import mul
 
 import numpy as np
 
@@ -48,20 +49,20 @@ class Detectors:
         width = self._stretches[0].lanes + self._stretches[0].offset
         i, place = sum(counts[:width]), width  # vehicles and lanes before the one that is looked at
         for e, stretch in enumerate(self._stretches[1:], 1):
-            count, pace, square, cavs, offset, space = 0, 0.0, 0.0, 0, stretch.offset, stretch.length * JAM
+            count, pace, square, cavs, space = 0, 0.0, 0.0, 0, stretch.length * JAM
             told: list[float] = []
-            for k in range(stretch.lanes + offset):
+            for k in range(-stretch.offset, stretch.lanes):
                 n = counts[place]
-                cell = EMPTY
+                place += 1
                 if n:
                     part = speeds[i:i + n]
-                    v, u, c = sum(part), sum([x * x for x in part]), sum(cav[i:i + n])
-                    count, pace, square, cavs = count + n, pace + v, square + u, cavs + c
-                    cell = _cell(n, v, u, c, space)
+                    v, u, c = sum(part), sum(map(mul, part, part)), sum(cav[i:i + n])
                     i += n
-                place += 1
-                if k >= offset:
-                    told += cell
+                    count, pace, square, cavs = count + n, pace + v, square + u, cavs + c
+                    if k >= 0:
+                        told += _cell(n, v, u, c, space)
+                elif k >= 0:
+                    told += EMPTY
             segment = _cell(count, pace, square, cavs, space * stretch.lanes) if count else EMPTY
             head += segment
             if e <= self._segments:
@@ -72,8 +73,7 @@ class Detectors:
         out *= rng.normal(1.0, self._noise, self.size)
         now = np.minimum(np.maximum(out, 0, out=out), HIGHEST, out=out).astype(np.float32)
         seen = now[:4 * self._m].reshape(-1, 4)
-        past = np.empty((self._m, 3), np.float32)
-        past[:, 0], past[:, 1] = seen[:, 1], seen[:, 0]
+        past = seen.take((1, 0, 0), 1)
         past[:, 2] = np.minimum(seen[:, 0] * JAM * seen[:, 1] * MAIN_LIMIT / FLOW, HIGHEST)
         return now, past.ravel()
 
@@ -112,26 +112,38 @@ def vehicles(road: Motorway, s: Snapshot, length: int, lanes_known: bool, report
     ``reports`` not None adds L columns; True: a broken-down vehicle names its lane there, and is listed however far
     downstream it is."""
     out = np.zeros((length, VEHICLE_COLUMNS + (0 if reports is None else road.lanes)), np.float32)
-    xs, lanes, ids, speeds, cav, end = s.xs, s.lanes, s.ids, s.speeds, s.cavs, road.merge_end
-    chosen = sorted([(end - x, i) for i, x in enumerate(xs) if x <= end or (reports and i == s.stopped)])[:length]
+    ids, speeds, cav, end = s.ids, s.speeds, s.cavs, road.merge_end
+    chosen: list[tuple[float, int, int, float]] = []  # distance, number, lane, gap
+    ahead = dict.fromkeys(range(-1, road.lanes + 1), math.inf)  # by lane, the next vehicle downstream
+    places, ramp = list(zip(road.places, s.counts, strict=True)), len(ids) - s.counts[-1]
+    first = ramp
+    for place, n in [*places[-2::-1], places[-1]]:  # from the exit to the entry, then the ramp
+        first = first - n if place.edge >= 0 else ramp
+        if not n:
+            continue
+        x = ahead[place.lane]
+        before = place.edge < 3  # the end of the merge
+        if before or (reports and s.stopped is not None and first <= s.stopped < first + n):
+            # Backwards; where vehicles change lanes SUMO's list is not sorted.
+            for position, i in sorted([(s.positions[i], i) for i in range(first, first + n)], reverse=True):
+                here = position + place.start
+                if before or i == s.stopped:
+                    chosen.append((end - here, i, place.lane, x - here - 5.0))
+                x = here
+        ahead[place.lane] = min(s.positions[first:first + n]) + place.start
+    chosen.sort()
+    del chosen[length:]
     if not chosen:
         return out
-    # Sorted by lane, then along the road, the next one in the same lane is the one ahead.
-    keys = [k * 1e5 + x for k, x in zip(lanes, xs, strict=True)]
-    ahead = [100.0] * len(xs)
-    for i, j in pairwise(sorted(range(len(xs)), key=keys.__getitem__)):
-        if lanes[i] == lanes[j]:
-            ahead[i] = xs[j] - xs[i] - 5.0
     rows: list[tuple[float, ...]] = []
-    for far, i in chosen:
-        gap = ahead[i]
+    for far, i, lane, gap in chosen:
         rows.append((
-            1.0, far / 500, (lanes[i] + 1) / road.lanes if lanes_known else 0.0, speeds[i] / MAIN_LIMIT,
+            1.0, far / 500, (lane + 1) / road.lanes if lanes_known else 0.0, speeds[i] / MAIN_LIMIT,
             1.0 if gap > 100 else gap / 100 if gap > 0 else 0.0, float(cav[i]), float(ids[i][1] == "r")))
     out[:len(rows), :VEHICLE_COLUMNS] = rows
     np.minimum(np.maximum(out[:, 1], -2, out=out[:, 1]), 2, out=out[:, 1])
     if reports and s.stopped is not None:
-        for row, (_, i) in enumerate(chosen):
+        for row, (_, i, lane, _) in enumerate(chosen):
             if i == s.stopped:
-                out[row, VEHICLE_COLUMNS + lanes[i]] = 1
+                out[row, VEHICLE_COLUMNS + lane] = 1
     return out

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import weakref
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,12 +52,12 @@ class Command:
         return self.ramp_cap < np.inf or min(self.segment_caps, default=np.inf) < np.inf
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Snapshot:
-    """All vehicles at one moment: lists, lane by lane as in ``road.places``, and arrays of shape (n,) of the same.
+    """All vehicles at one moment, lane by lane as in ``road.places``.
 
-    Sensors read the lists in plain Python: a road has some fifty vehicles, and between steps of the simulation each
-    operation on arrays takes some microseconds, whatever their length.
+    A road has some fifty vehicles, and between steps of the simulation each operation on arrays takes some
+    microseconds, whatever their length: sensors that look at a few vehicles read the lists in plain Python.
 
     Attributes:
         counts: vehicles on each lane.
@@ -66,6 +65,9 @@ class Snapshot:
         positions: front bumper, m on its edge.
         speeds: m/s.
         stopped: place of the incident's vehicle in the lists.
+        cavs: connected and automated.
+        place: (n,) lane, as in ``road.places``.
+        position, speed, x: (n,) the lists as arrays, and the front bumper, m from the start of the road.
     """
 
     road: Motorway
@@ -75,47 +77,27 @@ class Snapshot:
     speeds: list[float]
     stopped: int | None
 
-    @cached_property
-    def lanes(self) -> list[int]:
-        """Through lane from the right, -1 for ramp and acceleration lane."""
-        return [place.lane for place, n in zip(self.road.places, self.counts, strict=True) for _ in range(n)]
+    def __post_init__(self) -> None:
+        self.cavs = [v[0] == "c" for v in self.ids]
+        self.place = self.road.numbers.repeat(self.counts)
+        self.position, self.speed = np.array(self.positions + self.speeds, float).reshape(2, -1)
+        self.x = self.position + self.road.place_starts.take(self.place)
 
-    @cached_property
-    def xs(self) -> list[float]:
-        """Front bumper, m from the start of the road."""
-        out: list[float] = []
-        for place, n in zip(self.road.places, self.counts, strict=True):
-            start, i = place.start, len(out)
-            out += [x + start for x in self.positions[i:i + n]]
-        return out
-
-    @cached_property
+    @property
     def edge(self) -> np.ndarray:
         """Number of the stretch, -1 for the ramp."""
-        return np.repeat([place.edge for place in self.road.places], self.counts)
+        return np.array([place.edge for place in self.road.places])[self.place]
 
-    @cached_property
+    @property
     def lane(self) -> np.ndarray:
-        return np.array(self.lanes, int)
+        """Through lane from the right, -1 for ramp and acceleration lane."""
+        return np.array([place.lane for place in self.road.places])[self.place]
 
-    @cached_property
-    def x(self) -> np.ndarray:
-        return np.array(self.xs, float)
-
-    @cached_property
-    def speed(self) -> np.ndarray:
-        return np.array(self.speeds, float)
-
-    @cached_property
-    def cavs(self) -> list[bool]:
-        """Connected and automated."""
-        return [v[0] == "c" for v in self.ids]
-
-    @cached_property
+    @property
     def cav(self) -> np.ndarray:
         return np.array(self.cavs, bool)
 
-    @cached_property
+    @property
     def broken(self) -> np.ndarray:
         """The vehicle of the incident."""
         return np.arange(len(self.ids)) == (-1 if self.stopped is None else self.stopped)
