@@ -138,10 +138,10 @@ def vehicles(road: Motorway, s: Snapshot, length: int, lanes_known: bool, report
     rows: list[tuple[float, ...]] = []
     for far, i, lane, gap in chosen:
         rows.append((
-            1.0, far / 500, (lane + 1) / road.lanes if lanes_known else 0.0, speeds[i] / MAIN_LIMIT,
-            1.0 if gap > 100 else gap / 100 if gap > 0 else 0.0, float(cav[i]), float(ids[i][1] == "r")))
+            1.0, min(max(far / 500, -2.0), 2.0), (lane + 1) / road.lanes if lanes_known else 0.0,
+            speeds[i] / MAIN_LIMIT, 1.0 if gap > 100 else gap / 100 if gap > 0 else 0.0,
+            float(cav[i]), float(ids[i][1] == "r")))
     out[:len(rows), :VEHICLE_COLUMNS] = rows
-    np.minimum(np.maximum(out[:, 1], -2, out=out[:, 1]), 2, out=out[:, 1])
     if reports and s.stopped is not None:
         for row, (_, i, lane, _) in enumerate(chosen):
             if i == s.stopped:

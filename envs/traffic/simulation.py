@@ -273,7 +273,7 @@ class Simulation:
             raise LacerError(f"the SUMO simulation failed at {self.now:.1f} s: {e}; reset() starts a new one") from e
         self._left += left
         # Every vehicle drove from where it was, or entered, to where it is, or to the exit.
-        self._driven = float(self.seen.x.sum())
+        self._driven = float(np.add.reduce(self.seen.x))
         return Tally(metres + self._driven, driving, waiting, left, travelled, hard, collisions, co2)
 
     def counts(self) -> np.ndarray:
