@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -40,10 +39,11 @@ class MixedTrafficEnv(gym.Env):
 
     Observation, a Dict of five sources (S controlled segments, L lanes, K segments where incidents may happen, A
     actions); columns in brackets are there if the source can carry the news, see below:
-        traffic: vector (4 (S + 1) + 2 S L + 2 [+ K L],): density (1 = 80 veh/km/lane), mean speed (1 = 27.78 m/s),
-            spread of speed (1 = 10 m/s), CAV share, of each segment and the exit; density and speed of each lane of
-            each segment; density and speed of the ramp; [alarm of automatic incident detection on each lane where
-            incidents may happen, 1 for a broken-down vehicle]. With relative detector noise.
+        traffic: vector (4 (S + 1) + 4 S L + 2 [+ K L],): density (1 = 80 veh/km/lane), mean speed (1 = 27.78 m/s),
+            spread of speed (standard deviation, 1 = 10 m/s), CAV share, of each segment and the exit; the same four of
+            each lane of each segment; density and speed of the ramp; [alarm of automatic incident detection on each
+            lane where incidents may happen, 1 for a broken-down vehicle]. Without vehicles speed is 1, the others are
+            0. With relative detector noise.
         history: series (T, 3 (S + 1) [+ K L] + A), oldest first: speed, density, flow (1 = 0.5 veh/s/lane) of each
             segment and the exit, [flow (1 = 0.15 veh/s) of each lane at the end of the segments where incidents may
             happen, the last intervals of the warm-up too], then the action.
@@ -182,6 +182,7 @@ class MixedTrafficEnv(gym.Env):
         self._net: Path | None = None
 
         n_lanes = self.road.lanes
+        self._lane_names = [f"incident_lane_{k}" for k in range(n_lanes)]
         sizes = {"speeds": self.road.segments, "lanes": n_lanes, "ramp": 1}
         self._slices: dict[str, slice] = {}
         n_act = 0
@@ -197,7 +198,7 @@ class MixedTrafficEnv(gym.Env):
             objective=Objective("average_speed", "m/s"),
             description=self._description(),
             state_names=(
-                "incident_active", *(f"incident_lane_{k}" for k in range(n_lanes)), "incident_km", "queue_length",
+                "incident_active", *self._lane_names, "incident_km", "queue_length",
                 "ramp_queue", "backlog", "vehicles", "mean_speed", "actual_cav_share", "main_demand", "ramp_demand",
                 "speed_limit_order", "ramp_order",
             ),
@@ -240,7 +241,7 @@ class MixedTrafficEnv(gym.Env):
         return [
             SourceSpec("traffic", "vector", box(self._detectors.size),
                        "Detectors now, noisy: density, mean speed, spread of speed and CAV share of each road segment, "
-                       "then density and speed of each lane of each segment, then density and speed of the ramp."
+                       "then the same four of each lane of each segment, then density and speed of the ramp."
                        + (" Last: alarm for a standing vehicle, by lane, where breakdowns happen." + silent
                           if "traffic" in carry else "")),
             SourceSpec("history", "series",
@@ -275,7 +276,7 @@ class MixedTrafficEnv(gym.Env):
             incident_segments=p["incident_segments"], incident_place=p["incident_place"], news=p["news"],
             order_weights=tuple(p["order_weights"]), end=self.warm_up + self.horizon,
         )
-        self._wording = float(rng.random())
+        self._wording, self._said = float(rng.random()), dict[bool, str]()
         self._net = self._net or road.build()
         try:
             if self._folder is None or not self._folder.is_dir():
@@ -293,8 +294,7 @@ class MixedTrafficEnv(gym.Env):
         self._elapsed, self._total, self._disobeyed, self._exposed = 0.0, Tally(), 0.0, 0.0
         n_act = self.action_space.shape[0]  # type: ignore[index]
         width = self._detectors.summary + len(self._counted) * road.lanes + n_act
-        self._history: deque[np.ndarray] = deque(
-            [np.zeros(width, np.float32)] * self.history_length, maxlen=self.history_length)
+        self._history = np.zeros((self.history_length, width), np.float32)
         self._action = np.zeros(n_act, np.float32)
         remembered = min(self.history_length, int(self.warm_up / self.control_interval)) - 1 if self._counted else 0
         self._sim.run(self.warm_up - remembered * self.control_interval)
@@ -310,17 +310,18 @@ class MixedTrafficEnv(gym.Env):
             a = np.asarray(action, np.float64)
         except (TypeError, ValueError):
             a = np.zeros(0)
-        if a.shape != self.action_space.shape or not (np.abs(a) <= 1 + 1e-6).all():  # NaN is not either
+        values = a.ravel().tolist()
+        if a.shape != self.action_space.shape or not all(abs(x) <= 1 + 1e-6 for x in values):  # NaN is not either
             raise LacerError(f"action must be {self.action_space.shape} finite numbers from -1 to 1, not {action!r}")
-        a = np.clip(a, -1, 1)
+        values = [min(max(x, -1.0), 1.0) for x in values]
         order = self._order_in_force()
-        tally = self._sim.run(self.control_interval, self.command(a))
+        tally = self._sim.run(self.control_interval, self.command(values))
         self._total.add(tally)
         self._elapsed += self.control_interval
-        self._action = a.astype(np.float32)
+        self._action = np.array(values, np.float32)
         obs = self._observe()
         exposure = self._exposure()
-        limit, ramp = self._disobedience(order, a)
+        limit, ramp = self._disobedience(order, values)
         terms = {"speed": 0.5 * (tally.speed / MAIN_LIMIT - 0.6), "safety": -self.safety_weight * exposure,
                  "speed_limit": -self.order_weight * limit, "ramp_order": -self.order_weight * ramp}
         self._disobeyed += (limit + ramp) * self.control_interval
@@ -338,9 +339,9 @@ class MixedTrafficEnv(gym.Env):
             }
         return obs, float(sum(terms.values())), False, done, info
 
-    def command(self, action: np.ndarray) -> Command:
+    def command(self, action: Sequence[float] | np.ndarray) -> Command:
         """What an action (A,) in [-1, 1] tells the vehicles."""
-        speeds, lanes = action[self._slices["speeds"]].tolist(), action[self._slices["lanes"]].tolist()
+        speeds, lanes = action[self._slices["speeds"]], list(action[self._slices["lanes"]])
         hold = self._hold(action)
         return Command(
             tuple([MAIN_LIMIT - (MAIN_LIMIT - SLOWEST) * s ** 2 if s < 0 else np.inf for s in speeds]),
@@ -348,9 +349,9 @@ class MixedTrafficEnv(gym.Env):
             RAMP_LIMIT - (RAMP_LIMIT - SLOWEST_RAMP) * hold if hold > 0 else np.inf,
         )
 
-    def _hold(self, action: np.ndarray) -> float:
+    def _hold(self, action: Sequence[float] | np.ndarray) -> float:
         """How much the ramp is held, 0 to 1."""
-        return max(0.0, *action[self._slices["ramp"]].tolist(), 0.0)
+        return max(0.0, *action[self._slices["ramp"]], 0.0)
 
     def close(self) -> None:
         """End the simulation and give the process's place to other environments; ``reset`` starts anew."""
@@ -395,22 +396,30 @@ class MixedTrafficEnv(gym.Env):
         return None if self._told else self._episode.order.kind
 
     def _message(self) -> str:
-        e = self._episode
-        return text.message(self.road, self.wordings, self._wording, e.incident if self._told else None, e.order)
+        e, told = self._episode, self._told
+        if told not in self._said:
+            self._said[told] = text.message(
+                self.road, self.wordings, self._wording, e.incident if told else None, e.order)
+        return self._said[told]
 
     def _exposure(self) -> float:
         """Share of the vehicles approaching a broken-down one that do so on its lane."""
         incident = self._episode.incident
         if not self._incident_active or incident is None:
             return 0.0
-        s, road = self._seen, self.road
-        first = road.starts[self._p["clear_segments"][0]]
-        last = road.starts[incident.stretch] + incident.position
-        near = [k for i, (x, k) in enumerate(zip(s.xs, s.lanes, strict=True))
-                if first <= x < last and k >= 0 and i != s.stopped]
-        return near.count(incident.lane) / len(near) if near else 0.0
+        s, i, near, on_lane = self._seen, 0, 0, 0
+        first, last = self._p["clear_segments"][0], incident.stretch
+        for place, n in zip(self.road.places, s.counts, strict=True):
+            if first <= place.edge <= last and place.lane >= 0:
+                end = incident.position if place.edge == last else np.inf
+                here = sum([x < end and j != s.stopped for j, x in enumerate(s.positions[i:i + n], i)])
+                near += here
+                if place.lane == incident.lane:
+                    on_lane += here
+            i += n
+        return on_lane / near if near else 0.0
 
-    def _disobedience(self, order: str | None, a: np.ndarray) -> tuple[float, float]:
+    def _disobedience(self, order: str | None, a: list[float]) -> tuple[float, float]:
         """(share of CAVs over an instructed limit, opposition to a ramp order), each 0 to 1."""
         if order == "speed_limit":
             o, s = self._episode.order, self._seen
@@ -427,7 +436,9 @@ class MixedTrafficEnv(gym.Env):
         e, s, active = self._episode, self._seen, self._incident_active
         i = e.incident if active else None
         order = self._order_in_force()
-        lanes = {f"incident_lane_{k}": float(i is not None and i.lane == k) for k in range(self.road.lanes)}
+        lanes = dict.fromkeys(self._lane_names, 0.0)
+        if i:
+            lanes[self._lane_names[i.lane]] = 1.0
         n = len(s.ids)
         standing = [v < 5 for v in s.speeds]
         queue, on_ramp = sum(standing), sum(standing[n - s.counts[-1]:])
@@ -451,10 +462,13 @@ class MixedTrafficEnv(gym.Env):
         news = self._episode.news
         traffic, past = self._detectors.read(
             self._sim.seen, self.np_random, "traffic" in news or "traffic" not in self._carriers)
-        parts = [past, self._action]
+        history, n = self._history, len(past)
+        history[:-1] = history[1:]
+        history[-1, :n] = past
         if self._counted:
-            parts.insert(1, sensors.counters(self._sim.counts(), self.control_interval, "history" in news))
-        self._history.append(np.concatenate(parts))
+            counted = sensors.counters(self._sim.counts(), self.control_interval, "history" in news)
+            history[-1, n:n + len(counted)] = counted
+        history[-1, -len(self._action):] = self._action
         return traffic
 
     def _observe(self) -> dict[str, Any]:
@@ -472,7 +486,7 @@ class MixedTrafficEnv(gym.Env):
                 image = fog(image, self.np_random)
         reports = "sequence" in news if "sequence" in carry else None
         return {
-            "traffic": traffic, "history": np.stack(self._history),
+            "traffic": traffic, "history": self._history.copy(),
             "sequence": sensors.vehicles(self.road, s, self.sequence_length, reports is not False, reports),
             "camera": image, "instruction": self._message(),
         }

@@ -13,6 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from lacer.envs.errors import LacerError
 
 MAIN_LIMIT = 27.78
@@ -92,6 +94,16 @@ class Motorway:
         main = [Place(f"{s.name}_{k}", e, k - s.offset, self.starts[e])
                 for e, s in enumerate(self.stretches) for k in range(s.lanes + s.offset)]
         return (*main, Place("ramp_0", -1, -1, self.starts[2] - self.ramp_length))
+
+    @cached_property
+    def numbers(self) -> np.ndarray:
+        """0, 1, ... of :attr:`places`."""
+        return np.arange(len(self.places))
+
+    @cached_property
+    def place_starts(self) -> np.ndarray:
+        """Where each of :attr:`places` begins, metres from the start of the road."""
+        return np.array([place.start for place in self.places])
 
     @property
     def length(self) -> float:

@@ -16,8 +16,8 @@ SOURCES = {"time": "history", "traffic": "traffic", "sequence": "sequence"}
 
 class MixedTrafficPaperEnv(MixedTrafficEnv):
     """:class:`MixedTrafficEnv` reduced to what the paper names: sources ``time`` (how speed, density and flow evolved),
-    ``traffic`` (density and speed by lane, spread of speed, CAV share now) and ``sequence`` (the vehicles in order);
-    the reward is average speed alone, the objective too; 90 % of the vehicles are CAVs.
+    ``traffic`` (density, speed, its spread and CAV share by lane now) and ``sequence`` (the vehicles in order); the
+    reward is average speed alone, the objective too; 90 % of the vehicles are CAVs.
 
     What the paper does not say is ours: the road, the demand, incidents, the action. All three sources tell lanes in
     every episode, and no orders are given, since nothing would show them.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from itertools import accumulate, pairwise
+from itertools import accumulate
+from operator import mul
 
 import numpy as np
 
@@ -18,6 +19,8 @@ COUNTED = 0.15
 """Flow by lane that reads 1 at a counter: vehicles per second."""
 HIGHEST = 2.0
 """Readings end here."""
+EMPTY = (0.0, 1.0, 0.0, 0.0)
+"""Density, mean speed, spread of speed and CAV share of a segment or lane without vehicles."""
 VEHICLE_COLUMNS = 7
 
 
@@ -26,8 +29,8 @@ class Detectors:
 
     Attributes:
         size: length of :meth:`read`'s first array: density, mean speed, spread of speed and CAV share of each segment
-            and the exit; density and speed of each lane of each segment; density and speed of the ramp; alarm, 1
-            where a vehicle has broken down, for each lane of the segments ``watched``.
+            and the exit; the same four of each lane of each segment; density and speed of the ramp; alarm, 1 where a
+            vehicle has broken down, for each lane of the segments ``watched``. Where no vehicle is, see ``EMPTY``.
         summary: length of the second: speed, density and flow of each segment and the exit.
     """
 
@@ -35,7 +38,7 @@ class Detectors:
         self._noise, self._watched, self._ramp_space = noise, watched, road.ramp_length * JAM
         self._stretches, self._lanes, self._segments = road.stretches, road.lanes, road.segments
         self._places, self._m = road.places, len(road.stretches) - 1
-        self.size = 4 * self._m + 2 * self._segments * self._lanes + 2 + len(watched) * road.lanes
+        self.size = 4 * (self._m + self._segments * self._lanes) + 2 + len(watched) * road.lanes
         self.summary = 3 * self._m
 
     def read(self, s: Snapshot, rng: np.random.Generator, by_lane: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -46,36 +49,31 @@ class Detectors:
         width = self._stretches[0].lanes + self._stretches[0].offset
         i, place = sum(counts[:width]), width  # vehicles and lanes before the one that is looked at
         for e, stretch in enumerate(self._stretches[1:], 1):
-            count, pace, square, cavs, offset, space = 0, 0.0, 0.0, 0, stretch.offset, stretch.length * JAM
+            count, pace, square, cavs, space = 0, 0.0, 0.0, 0, stretch.length * JAM
             told: list[float] = []
-            for k in range(stretch.lanes + offset):
+            for k in range(-stretch.offset, stretch.lanes):
                 n = counts[place]
-                v = 0.0
+                place += 1
                 if n:
                     part = speeds[i:i + n]
-                    v = sum(part)
-                    count, pace, square = count + n, pace + v, square + sum([u * u for u in part])
-                    cavs += sum(cav[i:i + n])
+                    v, u, c = sum(part), sum(map(mul, part, part)), sum(cav[i:i + n])
                     i += n
-                place += 1
-                if k >= offset:
-                    told += (n / space, v / n / MAIN_LIMIT if n else 1.0)
-            density, speed, mean = count / (stretch.length * stretch.lanes * JAM), 1.0, 0.0
-            if count:
-                mean = pace / count
-                speed = mean / MAIN_LIMIT
-            some = count or 1
-            head += (density, speed, math.sqrt(max(square / some - mean * mean, 0.0)) / 10, cavs / some)
+                    count, pace, square, cavs = count + n, pace + v, square + u, cavs + c
+                    if k >= 0:
+                        told += _cell(n, v, u, c, space)
+                elif k >= 0:
+                    told += EMPTY
+            segment = _cell(count, pace, square, cavs, space * stretch.lanes) if count else EMPTY
+            head += segment
             if e <= self._segments:
-                lanes += told if by_lane else (density, speed) * stretch.lanes
+                lanes += told if by_lane else segment * stretch.lanes
         on_ramp = counts[-1]
         ramp = (on_ramp / self._ramp_space, sum(speeds[i:]) / on_ramp / RAMP_LIMIT if on_ramp else 1.0)
         out = np.array([*head, *lanes, *ramp, *self._alarm(s, by_lane)])
         out *= rng.normal(1.0, self._noise, self.size)
         now = np.minimum(np.maximum(out, 0, out=out), HIGHEST, out=out).astype(np.float32)
         seen = now[:4 * self._m].reshape(-1, 4)
-        past = np.empty((self._m, 3), np.float32)
-        past[:, 0], past[:, 1] = seen[:, 1], seen[:, 0]
+        past = seen.take((1, 0, 0), 1)
         past[:, 2] = np.minimum(seen[:, 0] * JAM * seen[:, 1] * MAIN_LIMIT / FLOW, HIGHEST)
         return now, past.ravel()
 
@@ -93,6 +91,12 @@ class Detectors:
         return out
 
 
+def _cell(n: int, pace: float, square: float, cavs: int, space: float) -> tuple[float, float, float, float]:
+    """Density, mean speed, spread and CAV share of ``n`` vehicles from the sums of their speeds and squared speeds."""
+    mean = pace / n
+    return n / space, mean / MAIN_LIMIT, math.sqrt(max(square / n - mean * mean, 0.0)) / 10, cavs / n
+
+
 def counters(counts: np.ndarray, seconds: float, by_lane: bool) -> np.ndarray:
     """Flow by lane, scaled, flat, from counts (places, L) of an interval; the mean of the lanes where counters fail."""
     flow = counts / (seconds * COUNTED)
@@ -108,26 +112,38 @@ def vehicles(road: Motorway, s: Snapshot, length: int, lanes_known: bool, report
     ``reports`` not None adds L columns; True: a broken-down vehicle names its lane there, and is listed however far
     downstream it is."""
     out = np.zeros((length, VEHICLE_COLUMNS + (0 if reports is None else road.lanes)), np.float32)
-    xs, lanes, ids, speeds, cav, end = s.xs, s.lanes, s.ids, s.speeds, s.cavs, road.merge_end
-    chosen = sorted([(end - x, i) for i, x in enumerate(xs) if x <= end or (reports and i == s.stopped)])[:length]
+    ids, speeds, cav, end = s.ids, s.speeds, s.cavs, road.merge_end
+    chosen: list[tuple[float, int, int, float]] = []  # distance, number, lane, gap
+    ahead = dict.fromkeys(range(-1, road.lanes + 1), math.inf)  # by lane, the next vehicle downstream
+    places, ramp = list(zip(road.places, s.counts, strict=True)), len(ids) - s.counts[-1]
+    first = ramp
+    for place, n in [*places[-2::-1], places[-1]]:  # from the exit to the entry, then the ramp
+        first = first - n if place.edge >= 0 else ramp
+        if not n:
+            continue
+        x = ahead[place.lane]
+        before = place.edge < 3  # the end of the merge
+        if before or (reports and s.stopped is not None and first <= s.stopped < first + n):
+            # Backwards; where vehicles change lanes SUMO's list is not sorted.
+            for position, i in sorted([(s.positions[i], i) for i in range(first, first + n)], reverse=True):
+                here = position + place.start
+                if before or i == s.stopped:
+                    chosen.append((end - here, i, place.lane, x - here - 5.0))
+                x = here
+        ahead[place.lane] = min(s.positions[first:first + n]) + place.start
+    chosen.sort()
+    del chosen[length:]
     if not chosen:
         return out
-    # Sorted by lane, then along the road, the next one in the same lane is the one ahead.
-    keys = [k * 1e5 + x for k, x in zip(lanes, xs, strict=True)]
-    ahead = [100.0] * len(xs)
-    for i, j in pairwise(sorted(range(len(xs)), key=keys.__getitem__)):
-        if lanes[i] == lanes[j]:
-            ahead[i] = xs[j] - xs[i] - 5.0
     rows: list[tuple[float, ...]] = []
-    for far, i in chosen:
-        gap = ahead[i]
+    for far, i, lane, gap in chosen:
         rows.append((
-            1.0, far / 500, (lanes[i] + 1) / road.lanes if lanes_known else 0.0, speeds[i] / MAIN_LIMIT,
-            1.0 if gap > 100 else gap / 100 if gap > 0 else 0.0, float(cav[i]), float(ids[i][1] == "r")))
+            1.0, min(max(far / 500, -2.0), 2.0), (lane + 1) / road.lanes if lanes_known else 0.0,
+            speeds[i] / MAIN_LIMIT, 1.0 if gap > 100 else gap / 100 if gap > 0 else 0.0,
+            float(cav[i]), float(ids[i][1] == "r")))
     out[:len(rows), :VEHICLE_COLUMNS] = rows
-    np.minimum(np.maximum(out[:, 1], -2, out=out[:, 1]), 2, out=out[:, 1])
     if reports and s.stopped is not None:
-        for row, (_, i) in enumerate(chosen):
+        for row, (_, i, lane, _) in enumerate(chosen):
             if i == s.stopped:
-                out[row, VEHICLE_COLUMNS + lanes[i]] = 1
+                out[row, VEHICLE_COLUMNS + lane] = 1
     return out

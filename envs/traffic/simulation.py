@@ -5,13 +5,13 @@ from __future__ import annotations
 import bisect
 import contextlib
 import itertools
+import math
 import os
 import shutil
 import subprocess
 import sys
 import weakref
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,12 +52,12 @@ class Command:
         return self.ramp_cap < np.inf or min(self.segment_caps, default=np.inf) < np.inf
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Snapshot:
-    """All vehicles at one moment: lists, lane by lane as in ``road.places``, and arrays of shape (n,) of the same.
+    """All vehicles at one moment, lane by lane as in ``road.places``.
 
-    Sensors read the lists in plain Python: a road has some fifty vehicles, and between steps of the simulation each
-    operation on arrays takes some microseconds, whatever their length.
+    A road has some fifty vehicles, and between steps of the simulation each operation on arrays takes some
+    microseconds, whatever their length: sensors that look at a few vehicles read the lists in plain Python.
 
     Attributes:
         counts: vehicles on each lane.
@@ -65,6 +65,9 @@ class Snapshot:
         positions: front bumper, m on its edge.
         speeds: m/s.
         stopped: place of the incident's vehicle in the lists.
+        cavs: connected and automated.
+        place: (n,) lane, as in ``road.places``.
+        position, speed, x: (n,) the lists as arrays, and the front bumper, m from the start of the road.
     """
 
     road: Motorway
@@ -74,47 +77,27 @@ class Snapshot:
     speeds: list[float]
     stopped: int | None
 
-    @cached_property
-    def lanes(self) -> list[int]:
-        """Through lane from the right, -1 for ramp and acceleration lane."""
-        return [place.lane for place, n in zip(self.road.places, self.counts, strict=True) for _ in range(n)]
+    def __post_init__(self) -> None:
+        self.cavs = [v[0] == "c" for v in self.ids]
+        self.place = self.road.numbers.repeat(self.counts)
+        self.position, self.speed = np.array(self.positions + self.speeds, float).reshape(2, -1)
+        self.x = self.position + self.road.place_starts.take(self.place)
 
-    @cached_property
-    def xs(self) -> list[float]:
-        """Front bumper, m from the start of the road."""
-        out: list[float] = []
-        for place, n in zip(self.road.places, self.counts, strict=True):
-            start, i = place.start, len(out)
-            out += [x + start for x in self.positions[i:i + n]]
-        return out
-
-    @cached_property
+    @property
     def edge(self) -> np.ndarray:
         """Number of the stretch, -1 for the ramp."""
-        return np.repeat([place.edge for place in self.road.places], self.counts)
+        return np.array([place.edge for place in self.road.places])[self.place]
 
-    @cached_property
+    @property
     def lane(self) -> np.ndarray:
-        return np.array(self.lanes, int)
+        """Through lane from the right, -1 for ramp and acceleration lane."""
+        return np.array([place.lane for place in self.road.places])[self.place]
 
-    @cached_property
-    def x(self) -> np.ndarray:
-        return np.array(self.xs, float)
-
-    @cached_property
-    def speed(self) -> np.ndarray:
-        return np.array(self.speeds, float)
-
-    @cached_property
-    def cavs(self) -> list[bool]:
-        """Connected and automated."""
-        return [v[0] == "c" for v in self.ids]
-
-    @cached_property
+    @property
     def cav(self) -> np.ndarray:
         return np.array(self.cavs, bool)
 
-    @cached_property
+    @property
     def broken(self) -> np.ndarray:
         """The vehicle of the incident."""
         return np.arange(len(self.ids)) == (-1 if self.stopped is None else self.stopped)
@@ -136,8 +119,9 @@ class Tally:
     co2: float = 0.0
 
     def add(self, other: Tally) -> None:
+        mine = vars(self)
         for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + value)
+            mine[name] += value
 
     @property
     def speed(self) -> float:
@@ -177,7 +161,9 @@ class Simulation:
         self._entered, self._left = 0, 0
         self.broken: str | None = None
         """The broken-down vehicle, while the incident lasts."""
-        self._departs, self._incident = departs, incident
+        self._departs, self._incident = [*departs, math.inf], incident
+        self._due = incident.start if incident else math.inf
+        """When :meth:`_break_down` has something to do."""
         self._caps: dict[str, float] = {}
         self._pressing: set[str] = set()
         self._ramp_x, self._road_length = road.places[-1].start, road.length
@@ -207,6 +193,8 @@ class Simulation:
         simulation = self.sumo.simulation
         self._calls = (self.sumo.simulationStep, simulation.getDepartedIDList, simulation.getArrivedIDList,
                        simulation.getCollidingVehiclesNumber)  # looked up once: they are called in every step
+        self._cars, self._lane_ids, self._fumes = (
+            self.sumo.vehicle, self.sumo.lane.getLastStepVehicleIDs, self.sumo.edge.getCO2Emission)
 
     def _start(self, options: list[str]) -> Any:
         global _holder
@@ -250,46 +238,43 @@ class Simulation:
         """
         if self.sumo is None:
             raise LacerError("the simulation is closed; call reset() first")
-        tally = Tally(metres=-self._driven)
-        every = max(1, round(REAPPLY / self.step_length))
-        steps = round(seconds / self.step_length)
+        step, departed, arrived, colliding = self._calls
+        length, departs = self.step_length, self._departs
+        every, steps = max(1, round(REAPPLY / length)), round(seconds / length)
+        metres, driving, waiting, left, travelled, collisions = -self._driven, 0.0, 0.0, 0, 0.0, 0
         try:
             for i in range(steps):
-                if self._incident:
-                    self._break_down(self._incident)
-                if i % every == 0 and command is not None:
+                now = self.now
+                if now >= self._due:
+                    self._break_down()
+                if command is not None and i % every == 0:
                     self._apply(command)
-                self._step(tally)
+                step()
+                if departs[self._entered] <= now + 1e-3:  # else nobody was due to enter
+                    for v in departed():
+                        self._entered += 1
+                        if v[1] == "r":
+                            metres -= self._ramp_x
+                self.now = now = now + length
+                if gone := arrived():
+                    left += len(gone)
+                    metres += len(gone) * self._road_length
+                    for v in gone:
+                        travelled += now - departs[int(v[2:])]
+                driving += (self._entered - self._left - left) * length
+                if departs[self._entered] <= now:
+                    waiting += self.backlog * length
+                collisions += colliding()
             self.seen = self._read()
-            braking, fumes = self.sumo.vehicle.getAcceleration, self.sumo.edge.getCO2Emission
-            tally.hard = sum([braking(v) < HARD for v in self.seen.ids])
-            tally.co2 = sum(map(fumes, self._edges)) * seconds / 1000
+            hard = sum([a < HARD for a in map(self._cars.getAcceleration, self.seen.ids)])
+            co2 = sum(map(self._fumes, self._edges)) * seconds / 1000
         except self._errors as e:
             self.close()
             raise LacerError(f"the SUMO simulation failed at {self.now:.1f} s: {e}; reset() starts a new one") from e
+        self._left += left
         # Every vehicle drove from where it was, or entered, to where it is, or to the exit.
-        self._driven = float(self.seen.x.sum())
-        tally.metres += self._driven
-        return tally
-
-    def _step(self, tally: Tally) -> None:
-        step, departed, arrived, colliding = self._calls
-        step()
-        self.now = now = self.now + self.step_length
-        for v in departed():
-            self._entered += 1
-            if v[1] == "r":
-                tally.metres -= self._ramp_x
-        gone = arrived()
-        if gone:
-            self._left += len(gone)
-            tally.arrived += len(gone)
-            tally.metres += len(gone) * self._road_length
-            for v in gone:
-                tally.travelled += now - self._departs[int(v[2:])]
-        tally.driving += (self._entered - self._left) * self.step_length
-        tally.waiting += self.backlog * self.step_length
-        tally.collisions += colliding()
+        self._driven = float(np.add.reduce(self.seen.x))
+        return Tally(metres + self._driven, driving, waiting, left, travelled, hard, collisions, co2)
 
     def counts(self) -> np.ndarray:
         """Vehicles that passed each counter in the last whole interval, (places, L)."""
@@ -301,15 +286,13 @@ class Simulation:
         """Vehicles that should have entered and wait for room."""
         return max(0, bisect.bisect_right(self._departs, self.now) - self._entered)
 
-    def _break_down(self, incident: Incident) -> None:
+    def _break_down(self) -> None:
         """Stop the next vehicle that drives up on the lane; clear the road when the incident ends."""
-        sumo = self.sumo
+        sumo, incident = self.sumo, self._incident
+        assert incident is not None
         if self.broken is not None:
-            if self.now >= incident.end:
-                sumo.vehicle.resume(self.broken)
-                self.broken = self._incident = None
-            return
-        if self.now < incident.start:
+            sumo.vehicle.resume(self.broken)
+            self.broken, self._due = None, math.inf
             return
         for stretch in (incident.stretch, incident.stretch - 1):
             s = self.road.stretches[stretch]
@@ -324,7 +307,7 @@ class Simulation:
                     sumo.vehicle.setStop(v, at.name, incident.position, incident.lane + at.offset, 1e6)
                 except self._errors:  # it cannot stop there any more
                     continue
-                self.broken = v
+                self.broken, self._due = v, incident.end
                 return
 
     def _apply(self, command: Command) -> None:
@@ -355,16 +338,11 @@ class Simulation:
                     sumo.vehicle.changeLane(v, to + s.offset, REAPPLY)
 
     def _read(self) -> Snapshot:
-        lane_ids, vehicle = self.sumo.lane.getLastStepVehicleIDs, self.sumo.vehicle
-        ids: list[str] = []
-        counts = []
-        for name in self._lanes:
-            here = lane_ids(name)
-            ids += here
-            counts.append(len(here))
+        found = list(map(self._lane_ids, self._lanes))
+        ids = list(itertools.chain.from_iterable(found))
         return Snapshot(
-            self.road, counts, ids, list(map(vehicle.getLanePosition, ids)), list(map(vehicle.getSpeed, ids)),
-            ids.index(self.broken) if self.broken in ids else None)
+            self.road, list(map(len, found)), ids, list(map(self._cars.getLanePosition, ids)),
+            list(map(self._cars.getSpeed, ids)), ids.index(self.broken) if self.broken in ids else None)
 
 
 def _failures() -> tuple[type[Exception], ...]:

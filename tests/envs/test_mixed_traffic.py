@@ -173,7 +173,7 @@ def test_incident_is_seen_by_the_camera_and_told_by_the_text() -> None:
 
 @pytest.mark.parametrize("source", CARRIERS)
 def test_only_the_source_that_has_the_news_tells_the_lane(source: str) -> None:
-    env = make(scene="sources", news=dict.fromkeys(CARRIERS, 0.0) | {source: 1.0}, warm_up=60.0)
+    env = make(scene="sources", news=dict.fromkeys(CARRIERS, 0.0) | {source: 1.0}, warm_up=60.0, detector_noise=0.0)
     road, right = env.road, []
     for seed in (2, 3, 4):
         obs, _ = env.reset(seed=seed)
@@ -195,7 +195,9 @@ def test_only_the_source_that_has_the_news_tells_the_lane(source: str) -> None:
                 (road.merge_end - road.starts[incident.stretch] - incident.position) / 500, abs=0.01)
         else:
             assert not obs["sequence"][:, 2].any(), "lanes are unknown"
-        by_lane = obs["traffic"][4 * (road.segments + 1):-2 - road.lanes].reshape(road.segments, road.lanes, 2)
+        by_lane = obs["traffic"][4 * (road.segments + 1):-2 - road.lanes].reshape(road.segments, road.lanes, 4)
+        apart = np.ptp(by_lane, axis=1) > 0  # density, speed, spread, CAV share of each segment
+        assert apart[incident.stretch - 1].sum() >= 3 if source == "traffic" else not apart.any()
         speeds, alarm = by_lane[incident.stretch - 1, :, 1], obs["traffic"][-road.lanes:]
         counts = obs["history"][-4:, 3 * (road.segments + 1):][:, :road.lanes].sum(0)
         assert (np.ptp(counts) > 0) == (source == "history")
@@ -204,6 +206,31 @@ def test_only_the_source_that_has_the_news_tells_the_lane(source: str) -> None:
         right.append((speeds.argmin() == incident.lane == alarm.argmax(), counts.argmin() == incident.lane))
     assert all(r[0] for r in right) or source != "traffic"
     assert all(r[1] for r in right) or source != "history"
+    env.close()
+
+
+def test_traffic_shows_four_values_of_every_segment_and_lane() -> None:
+    env = make(detector_noise=0.0, cav_share=0.5)
+    road = env.road
+    obs, _ = env.reset(seed=2)
+    cells, empty = road.segments * road.lanes, 0
+    assert env.observation_space["traffic"].shape == (4 * (road.segments + 1) + 4 * cells + 2,)
+    for _ in range(4):
+        s = env._seen
+        shown = obs["traffic"][4 * (road.segments + 1):-2].reshape(road.segments, road.lanes, 4)
+        means = obs["traffic"][:4 * road.segments].reshape(road.segments, 4)
+        for e in range(1, road.segments + 1):
+            here = s.edge == e
+            for k in (*range(road.lanes), None):
+                inside = here if k is None else here & (s.lane == k)
+                n, v = inside.sum(), s.speed[inside]
+                density = n / (road.stretches[e].length * 0.08 * (road.lanes if k is None else 1))
+                wanted = (density, v.mean() / network.MAIN_LIMIT, v.std() / 10, s.cav[inside].mean()) if n else (
+                    0, 1, 0, 0)
+                assert (means[e - 1] if k is None else shown[e - 1, k]) == pytest.approx(wanted, abs=1e-4)
+                empty += n == 0
+        obs, *_ = env.step(env.action_space.sample())
+    assert empty, "some lane was empty"
     env.close()
 
 
