@@ -38,7 +38,7 @@ SCENES: dict[str, dict[str, Any]] = {
         "step_length": 1.0, "warm_up": 60.0, "horizon": 120.0, "incident_probability": 1.0,
         "incident_delay": (-35.0, -25.0), "incident_segments": (3,), "incident_place": (0.1, 0.4),
         "clear_segments": (1, 2),
-        "news": {"instruction": 0.22, "camera": 0.21, "traffic": 0.2, "history": 0.2, "sequence": 0.17},
+        "news": {"instruction": 0.19, "camera": 0.22, "traffic": 0.17, "history": 0.2, "sequence": 0.22},
         "order_weights": (1.0, 0.0, 0.0, 0.0), "order_weight": 0.0, "safety_weight": 1.0, "controls": ("lanes",),
     },
 }
