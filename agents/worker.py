@@ -162,13 +162,17 @@ def memory_of(pid: int) -> float:
     return total + sum(map(memory_of, _children(pid)))
 
 
+PRELOADED = ("lacer.agents.ppo", "sklearn.linear_model", "scipy.spatial.distance")
+"""What runs and probes import, loaded before the first run."""
+
+
 def _import_everything() -> None:
     """What a PPO run needs, so that it starts at once after the fork."""
     import torch
 
     from lacer.encoders import list_blocks
 
-    for name in ("lacer.agents.ppo", "sklearn.linear_model", "scipy.spatial.distance"):  # the probes' too
+    for name in PRELOADED:
         importlib.import_module(name)
     torch.set_num_threads(int(os.environ.get("LACER_THREADS", "1")))
     # The first optimiser of a process makes torch import its compiler: 2 s that every run would pay anew.

@@ -1,7 +1,8 @@
 """What the probes cost: their share of a run, and the time of each.
 
 One run of the expert's encoder at a normal candidate's protocol, 10,000 steps, all probes: `Cost.probe_seconds` over
-`total_seconds`, as the run itself records them. Goal: at most 3 %. Then each probe's CPU time on that run's rows.
+`total_seconds`, as the run itself records them. Goal: at most 3 %. Then each probe's CPU time on that run's rows. What
+the probes import (scikit-learn, one to two seconds) is loaded before, as a search's workers do when they start.
 
     python benchmarks/probe_cost.py                                     # KnownSources, five sources
     python benchmarks/probe_cost.py env=lacer/MixedTraffic-v0
@@ -11,6 +12,7 @@ The last line is JSON.
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import time
@@ -21,12 +23,15 @@ import torch
 
 from lacer.agents import PPOConfig, Protocol, RunRequest, probing, run
 from lacer.agents.probes import Sample, list_probes
+from lacer.agents.worker import PRELOADED
 from lacer.envs import task_card
 from lacer.search.config import expert_spec
 
 
 def main(env: str = "lacer/KnownSources-v0", steps: str = "10000", repeats: str = "5") -> None:
     torch.set_num_threads(1)
+    for name in PRELOADED:
+        importlib.import_module(name)
     spec = expert_spec(task_card(env), None)
     samples: list[Sample] = []
     original = probing.take
