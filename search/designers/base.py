@@ -85,6 +85,15 @@ def fresh_sample(study: Study, batch: list[Proposal], rng: np.random.Generator) 
     return study.space.sample(rng)
 
 
+def random_start(study: Study, n: int, start: int, rng: np.random.Generator, name: str) -> list[Proposal]:
+    """Random proposals of a designer, at most n, until ``start`` have been tried and two have finished."""
+    out: list[Proposal] = []
+    tried = len(study) - study.count("rejected")
+    while len(out) < n and (tried + len(out) < start or len(study.finished) < 2):
+        out.append(Proposal(fresh_sample(study, out, rng), name, "random start"))
+    return out
+
+
 class DesignerStopped(LacerError):
     """A designer cannot go on, and nobody is to propose in its place. What runs is finished; the search can be resumed.
 

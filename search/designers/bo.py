@@ -15,7 +15,7 @@ from scipy.special import ndtr, ndtri
 from threadpoolctl import ThreadpoolController
 
 from lacer.envs import LacerError
-from lacer.search.designers.base import Designer, fresh_sample, register_designer
+from lacer.search.designers.base import Designer, fresh_sample, random_start, register_designer
 from lacer.search.space import Point, SearchSpace
 from lacer.search.study import Proposal, Study
 
@@ -68,10 +68,7 @@ class BO(Designer):
 
     def _propose(self, study: Study, n: int) -> list[Proposal]:
         rng = self.rng(study)
-        out: list[Proposal] = []
-        tried = len(study) - study.count("rejected")
-        while len(out) < n and (tried + len(out) < self.start or len(study.finished) < 2):
-            out.append(Proposal(fresh_sample(study, out, rng), self.name, "random start"))
+        out = random_start(study, n, self.start, rng, self.name)
         if len(out) == n:
             return out
         if self._coder is None or self._coder.space is not study.space:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lacer.envs import LacerError
-from lacer.search.designers.base import Designer, fresh_sample, register_designer
+from lacer.search.designers.base import Designer, fresh_sample, random_start, register_designer
 from lacer.search.designers.bo import Coder, normal_scores
 from lacer.search.space import Point, SearchSpace
 from lacer.search.study import Proposal, Study, Trial
@@ -95,10 +95,7 @@ class RankerDesigner(Designer):
 
     def propose(self, study: Study, n: int) -> list[Proposal]:
         rng = self.rng(study)
-        out: list[Proposal] = []
-        tried = len(study) - study.count("rejected")
-        while len(out) < n and (tried + len(out) < self.start or len(study.finished) < 2):
-            out.append(Proposal(fresh_sample(study, out, rng), self.name, "random start"))
+        out = random_start(study, n, self.start, rng, self.name)
         if len(out) < n:
             with _one_thread():
                 self._rank(study, out, n, rng)
