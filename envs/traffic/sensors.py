@@ -111,39 +111,37 @@ def vehicles(road: Motorway, s: Snapshot, length: int, lanes_known: bool, report
 
     ``reports`` not None adds L columns; True: a broken-down vehicle names its lane there, and is listed however far
     downstream it is."""
-    out = np.zeros((length, VEHICLE_COLUMNS + (0 if reports is None else road.lanes)), np.float32)
-    ids, speeds, cav, end = s.ids, s.speeds, s.cavs, road.merge_end
+    ids, xs, speeds, cavs, end = s.ids, s.xs, s.speeds, s.cavs, road.merge_end
     chosen: list[tuple[float, int, int, float]] = []  # distance, number, lane, gap
-    ahead = dict.fromkeys(range(-1, road.lanes + 1), math.inf)  # by lane, the next vehicle downstream
+    ahead = [math.inf] * (road.lanes + 2)  # by lane, the next vehicle downstream; -1 is the last
     places, ramp = list(zip(road.places, s.counts, strict=True)), len(ids) - s.counts[-1]
     first = ramp
     for place, n in [*places[-2::-1], places[-1]]:  # from the exit to the entry, then the ramp
         first = first - n if place.edge >= 0 else ramp
         if not n:
             continue
-        x = ahead[place.lane]
+        lane, last = place.lane, first + n - 1
         before = place.edge < 3  # the end of the merge
-        if before or (reports and s.stopped is not None and first <= s.stopped < first + n):
+        if before or (reports and s.stopped is not None and first <= s.stopped <= last):
+            x = ahead[lane]
             # Backwards; where vehicles change lanes SUMO's list is not sorted.
-            for position, i in sorted([(s.positions[i], i) for i in range(first, first + n)], reverse=True):
-                here = position + place.start
+            for i in sorted(range(last, first - 1, -1), key=xs.__getitem__, reverse=True):
                 if before or i == s.stopped:
-                    chosen.append((end - here, i, place.lane, x - here - 5.0))
-                x = here
-        ahead[place.lane] = min(s.positions[first:first + n]) + place.start
+                    chosen.append((end - xs[i], i, lane, x - xs[i] - 5.0))
+                x = xs[i]
+            ahead[lane] = x
+        else:
+            ahead[lane] = min(xs[first:last + 1])
     chosen.sort()
     del chosen[length:]
-    if not chosen:
-        return out
-    rows: list[tuple[float, ...]] = []
+    out = np.zeros((length, VEHICLE_COLUMNS + (0 if reports is None else road.lanes)), np.float32)
+    shown = [k / road.lanes if lanes_known else 0.0 for k in range(1, road.lanes + 2)] + [0.0]  # by lane, as ahead
+    silent = () if reports is None else (0.0,) * road.lanes
+    rows: list[float] = []
     for far, i, lane, gap in chosen:
-        rows.append((
-            1.0, min(max(far / 500, -2.0), 2.0), (lane + 1) / road.lanes if lanes_known else 0.0,
-            speeds[i] / MAIN_LIMIT, 1.0 if gap > 100 else gap / 100 if gap > 0 else 0.0,
-            float(cav[i]), float(ids[i][1] == "r")))
-    out[:len(rows), :VEHICLE_COLUMNS] = rows
-    if reports and s.stopped is not None:
-        for row, (_, i, lane, _) in enumerate(chosen):
-            if i == s.stopped:
-                out[row, VEHICLE_COLUMNS + lane] = 1
+        rows += (
+            1.0, far / 500 if -1000 < far < 1000 else math.copysign(2.0, far), shown[lane], speeds[i] / MAIN_LIMIT,
+            1.0 if gap > 100 else gap / 100 if gap > 0 else 0.0, cavs[i], ids[i][1] == "r")
+        rows += [float(k == lane) for k in range(road.lanes)] if reports and i == s.stopped else silent
+    out.ravel()[:len(rows)] = rows
     return out
