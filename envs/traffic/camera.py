@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 SIZE = 64
 BODY = 150
 """Brightness of a vehicle in the occupancy channel; a broken-down one flashes its hazard lights at 255."""
-_PIXELS = [[bytes((BODY, level, 200 * cav)) for level in range(256)] for cav in (False, True)]
+_PIXELS = [[bytes((body, level, 200 * cav)) for level in range(256)] for body in (BODY, 255) for cav in (0, 1)]
 _ROW = 3 * SIZE
 
 
@@ -57,20 +57,20 @@ class Camera:
         if lit:
             start = self._row(*lit) * _ROW
             lanes[start:start + _ROW:3] = b"\xff" * SIZE
-        positions, speeds, cavs, end = s.positions, s.speeds, s.cavs, sum(s.counts[:self._hidden])
+        positions, speeds, kinds = s.positions, s.speeds, [*s.cavs]
+        if s.stopped is not None:
+            kinds[s.stopped] += 2
+        end = sum(s.counts[:self._hidden])
         for (shift, scale, row), n in zip(self._shown, s.counts[self._hidden:], strict=True):
             begin, end = end, end + n
-            for i in range(begin, end):
-                front = (positions[i] + shift) * scale
-                level = int(215 * speeds[i] / MAIN_LIMIT + 40)
-                pixel = _PIXELS[cavs[i]][level if level < 255 else 255]
-                rear = front - 5.0 * scale
-                if i == s.stopped:
-                    pixel, rear = b"\xff" + pixel[1:], front - 9.0 * scale
+            for position, speed, kind in zip(positions[begin:end], speeds[begin:end], kinds[begin:end], strict=True):
+                front = (position + shift) * scale
                 if front > -1:  # others are on the ramp, before the picture
+                    rear = front - (5.0 if kind < 2 else 9.0) * scale
                     a = int(rear) if rear > 0 else 0
                     b = int(front) if front < SIZE else SIZE - 1
-                    lanes[row + 3 * a:row + 3 * b + 3] = pixel * (b - a + 1)
+                    level = int(215 * speed / MAIN_LIMIT + 40)
+                    lanes[row + 3 * a:row + 3 * b + 3] = _PIXELS[kind][level if level < 255 else 255] * (b - a + 1)
         return np.frombuffer(lanes, np.uint8).reshape(-1, SIZE, 3).take(self._row_of, 0)
 
     def where(self, stretch: int, lane: int, position: float) -> tuple[int, int]:

@@ -181,7 +181,7 @@ class Simulation:
         """The vehicles at the end of the last :meth:`run`."""
         self._driven = 0.0  # sum of their places, m
         counters = [f"s{i}_{k + road.stretches[i].offset}" for i in counted for k in range(road.lanes)]
-        self._counters, self._places = [f"count_{c}" for c in counters], len(counted)
+        self._counters = [f"count_{c}" for c in counters]
         command = [
             "--net-file", str(net), "--route-files", str(routes), "--seed", str(seed), "--step-length",
             str(step_length), "--time-to-teleport", "-1", "--collision.action", "warn", "--no-step-log", "true",
@@ -201,8 +201,9 @@ class Simulation:
         simulation = self.sumo.simulation
         self._calls = (self.sumo.simulationStep, simulation.getDepartedIDList, simulation.getArrivedIDList,
                        simulation.getCollidingVehiclesNumber)  # looked up once: they are called in every step
-        self._cars, self._lane_ids, self._fumes = (
-            self.sumo.vehicle, self.sumo.lane.getLastStepVehicleIDs, self.sumo.edge.getCO2Emission)
+        self._cars, self._lane_ids, self._fumes, self._passed = (
+            self.sumo.vehicle, self.sumo.lane.getLastStepVehicleIDs, self.sumo.edge.getCO2Emission,
+            self.sumo.inductionloop.getLastIntervalVehicleNumber)
 
     def _start(self, options: list[str]) -> Any:
         global _holder
@@ -286,10 +287,9 @@ class Simulation:
         self._driven = float(np.add.reduce(self.seen.xs))
         return Tally(metres + self._driven, driving, waiting, arrivals, travelled, hard, collisions, co2)
 
-    def counts(self) -> np.ndarray:
-        """Vehicles that passed each counter in the last whole interval, (places, L)."""
-        count = self.sumo.inductionloop.getLastIntervalVehicleNumber
-        return np.array([count(c) for c in self._counters], float).reshape(self._places, -1)
+    def counts(self) -> list[int]:
+        """Vehicles that passed each counter in the last whole interval, place by place from the right lane."""
+        return list(map(self._passed, self._counters))
 
     @property
     def backlog(self) -> int:
