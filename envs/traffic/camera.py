@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain, repeat
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -57,20 +58,20 @@ class Camera:
         if lit:
             start = self._row(*lit) * _ROW
             lanes[start:start + _ROW:3] = b"\xff" * SIZE
-        positions, speeds, kinds = s.positions, s.speeds, [*s.cavs]
+        kinds = [*s.cavs]
         if s.stopped is not None:
             kinds[s.stopped] += 2
-        end = sum(s.counts[:self._hidden])
-        for (shift, scale, row), n in zip(self._shown, s.counts[self._hidden:], strict=True):
-            begin, end = end, end + n
-            for position, speed, kind in zip(positions[begin:end], speeds[begin:end], kinds[begin:end], strict=True):
-                front = (position + shift) * scale
-                if front > -1:  # others are on the ramp, before the picture
-                    rear = front - (5.0 if kind < 2 else 9.0) * scale
-                    a = int(rear) if rear > 0 else 0
-                    b = int(front) if front < SIZE else SIZE - 1
-                    level = int(215 * speed / MAIN_LIMIT + 40)
-                    lanes[row + 3 * a:row + 3 * b + 3] = _PIXELS[kind][level if level < 255 else 255] * (b - a + 1)
+        entry = sum(s.counts[:self._hidden])
+        beside = chain.from_iterable(map(repeat, self._shown, s.counts[self._hidden:]))
+        for position, speed, kind, (shift, scale, row) in zip(
+                s.positions[entry:], s.speeds[entry:], kinds[entry:], beside, strict=True):
+            front = (position + shift) * scale
+            if front > -1:  # others are on the ramp, before the picture
+                rear = front - (5.0 if kind < 2 else 9.0) * scale
+                a = int(rear) if rear > 0 else 0
+                b = int(front) if front < SIZE else SIZE - 1
+                level = int(215 * speed / MAIN_LIMIT + 40)
+                lanes[row + 3 * a:row + 3 * b + 3] = _PIXELS[kind][level if level < 255 else 255] * (b - a + 1)
         return np.frombuffer(lanes, np.uint8).reshape(-1, SIZE, 3).take(self._row_of, 0)
 
     def where(self, stretch: int, lane: int, position: float) -> tuple[int, int]:
