@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +20,7 @@ _LANE, _MARGIN, _PER_ROW = 16, 40, 500.0
 
 def draw(
     road: Motorway, seen: Snapshot, instruction: str | None, state: Mapping[str, float], total: Tally,
-    action: Mapping[str, np.ndarray], elapsed: float,
+    action: Mapping[str, Sequence[float]], elapsed: float,
 ) -> np.ndarray:
     """Picture (height, 1200, 3) uint8. The road is cut into rows of equal length, read like text; ``action`` holds
     the parts by name.

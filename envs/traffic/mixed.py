@@ -311,7 +311,7 @@ class MixedTrafficEnv(gym.Env):
         except (TypeError, ValueError):
             a = np.zeros(0)
         values = a.ravel().tolist()
-        if a.shape != self.action_space.shape or not all([-1 - 1e-6 <= x <= 1 + 1e-6 for x in values]):  # nor NaN
+        if a.shape != self.action_space.shape or not all(abs(x) <= 1 + 1e-6 for x in values):  # NaN is not either
             raise LacerError(f"action must be {self.action_space.shape} finite numbers from -1 to 1, not {action!r}")
         values = [-1.0 if x < -1 else 1.0 if x > 1 else x for x in values]
         order = self._order_in_force()
@@ -424,10 +424,12 @@ class MixedTrafficEnv(gym.Env):
     def _disobedience(self, order: str | None, a: list[float]) -> tuple[float, float]:
         """(share of CAVs over an instructed limit, opposition to a ramp order), each 0 to 1."""
         if order == "speed_limit":
-            o, s = self._episode.order, self._seen
-            there = (s.edge == o.segment + 1) & s.cav & ~s.broken
-            over = there & (s.speed > o.speed + 1.0)
-            return float(over.sum() / max(there.sum(), 1)), 0.0
+            o, s, there, end = self._episode.order, self._seen, [], 0
+            for place, n in zip(self.road.places, s.counts, strict=True):
+                begin, end = end, end + n
+                if place.edge == o.segment + 1:
+                    there += [s.speeds[i] for i in range(begin, end) if s.cavs[i] and i != s.stopped]
+            return sum([v > o.speed + 1.0 for v in there]) / max(len(there), 1), 0.0
         if order == "ramp_priority":
             return 0.0, self._hold(a)
         if order == "ramp_hold":
@@ -466,10 +468,8 @@ class MixedTrafficEnv(gym.Env):
         last = history[-1]
         traffic = self._detectors.read(
             self._sim.seen, self.np_random, "traffic" in news or "traffic" not in self._carriers, last[:n])
-        rest = self._action
-        if self._counted:
-            rest = sensors.counters(self._sim.counts(), self.road.lanes, self.control_interval, "history" in news) + rest
-        last[n:] = rest
+        counted = sensors.counters(self._sim.counts(), self.road.lanes, self.control_interval, "history" in news)
+        last[n:] = counted + self._action
         return traffic
 
     def _observe(self) -> dict[str, Any]:

@@ -13,8 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from lacer.envs.errors import LacerError
 
 MAIN_LIMIT = 27.78

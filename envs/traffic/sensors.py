@@ -32,7 +32,7 @@ class Detectors:
         size: length of :meth:`read`'s array: density, mean speed, spread of speed and CAV share of each segment
             and the exit; the same four of each lane of each segment; density and speed of the ramp; alarm, 1 where a
             vehicle has broken down, for each lane of the segments ``watched``. Where no vehicle is, see ``EMPTY``.
-        summary: length of ``past``, see there: speed, density and flow of each segment and the exit.
+        summary: length of the row of the history that it fills: speed, density and flow of each segment and the exit.
     """
 
     def __init__(self, road: Motorway, noise: float, watched: tuple[int, ...] = ()) -> None:
@@ -43,7 +43,7 @@ class Detectors:
         self.summary = 3 * self._m
 
     def read(self, s: Snapshot, rng: np.random.Generator, by_lane: bool, past: np.ndarray) -> np.ndarray:
-        """Readings now; ``past`` is filled with the summary. With ``by_lane`` False every lane shows the values of its
+        """Readings now; ``past`` (summary,) is filled. With ``by_lane`` False every lane shows the values of its
         segment."""
         head: list[float] = []
         lanes: list[float] = []
