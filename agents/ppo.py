@@ -21,7 +21,6 @@ from lacer.agents.learner import CompositePPO, Diverged
 from lacer.agents.parts import Kept, learn, take_weights
 from lacer.agents.policy import CompositeExtractor, CompositePolicy, policy_kwargs
 from lacer.agents.probing import Hopeless, Probing
-from lacer.agents.rollout import SourceRolloutBuffer
 from lacer.agents.vec import EncoderVecEnv
 from lacer.encoders import EncoderSpec, TextTable
 from lacer.envs import LacerError, TaskCard, task_card
@@ -67,7 +66,7 @@ def make_ppo(policy: type[CompositePolicy], arguments: dict[str, Any], env: Any,
     model = CompositePPO(
         policy, env, parts=torch.get_num_threads() if "halves" in shortcuts else 1, overlap="overlap" in shortcuts,
         batched_ends="batched_ends" in shortcuts,
-        rollout_buffer_class=SourceRolloutBuffer,
+        microbatch=p.microbatch_size if "microbatches" in shortcuts else None,
         rollout_buffer_kwargs={"sources": sources, "channels_last": "channels_last" in shortcuts},
         n_steps=p.n_steps, batch_size=min(p.batch_size, p.n_steps * p.n_envs), n_epochs=p.n_epochs,
         learning_rate=p.learning_rate, gamma=p.gamma, gae_lambda=p.gae_lambda, clip_range=p.clip_range,
