@@ -36,8 +36,8 @@ class CompositePPO(PPO):
     """SB3's PPO, extended at its two hooks, ``collect_rollouts`` and ``train``.
 
     Without shortcuts every number is that of SB3's own loop: the same operations in the same order, without copies of
-    observations, checks of distributions and, where nobody reads the log, its figures. It ends at the first loss, gradient
-    or action that is not finite.
+    observations, checks of distributions and, where nobody reads the log, its figures. It ends at the first loss,
+    gradient or action that is not finite.
 
     Args:
         parts: the encoder works on minibatches in so many parts, side by side, in threads of their own, and the parts'
@@ -78,6 +78,12 @@ class CompositePPO(PPO):
                 return super().learn(*args, **kwargs)
             finally:
                 self._finish()
+
+    def free(self) -> None:
+        """Gives the rollouts' memory back; learning anew takes it again."""
+        for buffer in (self.rollout_buffer, self._spare):
+            if isinstance(buffer, SourceRolloutBuffer):
+                buffer.free()
 
     # -- rollouts -----------------------------------------------------------------------------------------------------
 

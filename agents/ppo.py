@@ -42,7 +42,8 @@ def versions() -> dict[str, str]:
     return out
 
 
-def make_model(spec: EncoderSpec, card: TaskCard, table: TextTable, env: Any, protocol: Protocol, seed: int) -> PPO:
+def make_model(spec: EncoderSpec, card: TaskCard, table: TextTable, env: Any, protocol: Protocol,
+               seed: int) -> CompositePPO:
     """SB3's PPO with the composite encoder as features extractor."""
     p = protocol.ppo
     return make_ppo(CompositePolicy, policy_kwargs(spec, card, table, p.head, p.log_std_init), env, p, seed,
@@ -186,7 +187,7 @@ def _run(request: RunRequest, card: TaskCard, spec: EncoderSpec | None, table: T
          start_method: StartMethod | None) -> Evaluation:
     protocol = request.protocol
     cost = Cost()
-    model: PPO | None = None
+    model: CompositePPO | None = None
     curve: list[tuple[int, float]] = []
     probing = Probing(protocol)
     if spec is not None:
@@ -207,6 +208,7 @@ def _run(request: RunRequest, card: TaskCard, spec: EncoderSpec | None, table: T
             close_vec(env)
         curve = progress.curve
         assert model is not None
+        model.free()  # evaluation and probes need the policy alone
         encoder = _encoder(model)
         cost.probe_seconds = probing.seconds
         cost.train_seconds = progress.seconds - probing.seconds

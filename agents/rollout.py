@@ -47,6 +47,10 @@ class SourceRolloutBuffer(DictRolloutBuffer):
         self.generator_ready = False
         self.pos, self.full = 0, False
 
+    def free(self) -> None:
+        """Gives the observations' memory back; the next :meth:`reset` takes it anew."""
+        self._memory, self.observations = {}, {}
+
     def _turned(self, shape: tuple[int, ...]) -> bool:
         return self._channels_last and len(shape) == 3
 

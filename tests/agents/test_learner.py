@@ -243,6 +243,21 @@ def test_the_buffer_gives_sb3s_minibatches_and_takes_no_memory_twice() -> None:
         assert all(np.shares_memory(b.observations[k], m) for k, m in b._memory.items())
 
 
+def test_memory_of_rollouts_that_was_given_back_is_taken_anew() -> None:
+    def train(free: bool) -> dict[str, torch.Tensor]:
+        model = ours(CONFIG)
+        model.learn(96)
+        if free:
+            model.free()
+            assert not model.rollout_buffer._memory
+        model.learn(96)
+        close_vec(model.env)
+        return {k: v.clone() for k, v in model.policy.state_dict().items()}
+
+    kept, given = train(False), train(True)
+    assert all(torch.equal(kept[k], given[k]) for k in kept)
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a matter of glibc")
 def test_freed_memory_is_kept_during_a_training_and_given_back_after_it() -> None:
     def work() -> None:
