@@ -3,7 +3,8 @@
     python benchmarks/ppo_speed.py                     # camera: cheap environment with a camera, the learner counts
     python benchmarks/ppo_speed.py setting=traffic     # lacer/MixedTraffic-v0, scene small: the simulation counts
     python benchmarks/ppo_speed.py parts=pair,memory   # two candidates at once; peak memory
-    Options: rounds=5 threads=2 n_envs=8 n_steps=128 batch_size=256 n_epochs=4 shortcuts=fused_adam+channels_last
+    Options: rounds=5 threads=2 n_envs=8 n_steps=128 batch_size=256 n_epochs=4 microbatch_size=128
+             shortcuts=fused_adam+channels_last
 
 Sides that are compared have the same encoder, PPO hyper-parameters, environment and seeds, and take turns, one rollout
 with its update each, in a process for each; a ratio is the median over the rounds. `sb3` is SB3's loop, buffer and
