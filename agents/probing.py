@@ -197,29 +197,35 @@ def gradients(model: Any) -> dict[str, float]:
     n = buffer.buffer_size * buffer.n_envs
     keep = np.random.default_rng(2).choice(n, min(n, GRADIENT_ROWS), replace=False)
 
-    def part(x: np.ndarray) -> Tensor:
-        return torch.as_tensor(x[keep // buffer.n_envs, keep % buffer.n_envs], device=policy.device)  # no whole copy
+    def part(x: np.ndarray, rows: np.ndarray) -> Tensor:
+        return torch.as_tensor(x[rows // buffer.n_envs, rows % buffer.n_envs], device=policy.device)  # no whole copy
 
-    obs = {k: part(v) for k, v in buffer.observations.items()}
-    actions, old, advantages, returns = (
-        part(x) for x in (buffer.actions, buffer.log_probs, buffer.advantages, buffer.returns))
-    # As in the updates; those of MultiBinary are bytes.
-    actions = actions.long().flatten() if isinstance(model.action_space, spaces.Discrete) else actions.float()
     training = policy.training
     policy.set_training_mode(False)
     clip = model.clip_range(1.0) if callable(model.clip_range) else model.clip_range
-    # cuDNN refuses the backward pass of recurrent networks in evaluation mode.
-    with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
-        values, log_prob, entropy = policy.evaluate_actions(obs, actions)
-        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8) if len(keep) > 1 else advantages
-        ratio = (log_prob - old).exp()
-        gain = torch.min(advantages * ratio, advantages * ratio.clamp(1 - clip, 1 + clip)).mean()
-        bonus = (-log_prob if entropy is None else entropy).mean()
-        loss = model.vf_coef * F.mse_loss(returns, values.flatten()) - gain - model.ent_coef * bonus
-        modules: dict[str, nn.Module] = {**dict(encoder.blocks.items()), FUSED: encoder.fusion}
-        of = {name: [p for p in m.parameters() if p.requires_grad] for name, m in modules.items()}
-        every = [p for ps in of.values() for p in ps]
-        found = iter(torch.autograd.grad(loss, every, allow_unused=True))
+    modules: dict[str, nn.Module] = {**dict(encoder.blocks.items()), FUSED: encoder.fusion}
+    of = {name: [p for p in m.parameters() if p.requires_grad] for name, m in modules.items()}
+    every = [p for ps in of.values() for p in ps]
+    normal = part(buffer.advantages, keep)
+    normal = (normal - normal.mean()) / (normal.std() + 1e-8) if len(keep) > 1 else normal
+    total: list[Tensor | None] = [None] * len(every)
+    size = getattr(model, "microbatch", None) or len(keep)  # no more memory than the updates take
+    for start in range(0, len(keep), size):
+        rows, advantages = keep[start:start + size], normal[start:start + size]
+        obs = {k: part(v, rows) for k, v in buffer.observations.items()}
+        actions, old, returns = (part(x, rows) for x in (buffer.actions, buffer.log_probs, buffer.returns))
+        # As in the updates; those of MultiBinary are bytes.
+        actions = actions.long().flatten() if isinstance(model.action_space, spaces.Discrete) else actions.float()
+        # cuDNN refuses the backward pass of recurrent networks in evaluation mode.
+        with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
+            values, log_prob, entropy = policy.evaluate_actions(obs, actions)
+            ratio = (log_prob - old).exp()
+            gain = torch.min(advantages * ratio, advantages * ratio.clamp(1 - clip, 1 + clip)).mean()
+            bonus = (-log_prob if entropy is None else entropy).mean()
+            loss = model.vf_coef * F.mse_loss(returns, values.flatten()) - gain - model.ent_coef * bonus
+            new = torch.autograd.grad(len(rows) / len(keep) * loss, every, allow_unused=True)
+        total = [a if b is None else b if a is None else a + b for a, b in zip(total, new, strict=True)]
+    found = iter(total)
     policy.set_training_mode(training)
     out = {}
     for name, ps in of.items():

@@ -172,6 +172,8 @@ class Grab(BaseCallback):
         model: Any = self.model
         before = torch.get_rng_state()
         self.shares = gradients(model)
+        model.microbatch = 10
+        self.in_pieces = gradients(model)
         assert torch.equal(torch.get_rng_state(), before)
         assert all(p.grad is None for p in model.policy.parameters())
         encoder = model.policy.features_extractor.encoder
@@ -199,6 +201,7 @@ def test_gradients_against_backward() -> None:
     finally:
         close_vec(env)
     assert grab.shares == pytest.approx(grab.want, rel=1e-3)
+    assert grab.shares == pytest.approx(grab.in_pieces, rel=1e-5)
 
 
 def test_mid_training_probes_copy_their_rows_and_not_the_rollout() -> None:
