@@ -10,8 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from lacer.envs.errors import LacerError
 
 Status = Literal["ok", "failed", "pruned"]
-Shortcut = Literal["fused_adam", "channels_last", "batched_ends", "halves", "overlap", "bf16"]
-"""Ways to train faster whose numbers differ from the plain ones; see :class:`lacer.agents.learner.CompositePPO`."""
+Shortcut = Literal["fused_adam", "channels_last", "batched_ends", "halves", "microbatches", "overlap", "bf16"]
+"""Ways to train faster, or in less memory, whose numbers differ from the plain ones; see
+:class:`lacer.agents.learner.CompositePPO`."""
 
 
 class PPOConfig(BaseModel):
@@ -36,7 +37,10 @@ class PPOConfig(BaseModel):
     sde_sample_freq: int = Field(-1, ge=-1, description="steps after which gSDE draws new noise; -1: once a rollout")
     log_std_init: float = Field(-0.7, description="initial log standard deviation of a continuous policy")
     shortcuts: tuple[Shortcut, ...] = Field((), description="ways to train faster whose numbers differ from the plain "
-                                            "ones: fused_adam, channels_last, batched_ends, halves, overlap, bf16")
+                                            "ones, or in less memory: fused_adam, channels_last, batched_ends, "
+                                            "halves, microbatches, overlap, bf16")
+    microbatch_size: int = Field(128, ge=1, description="samples whose activations are in memory at a time, with the "
+                                                        "shortcut microbatches")
 
 
 class Protocol(BaseModel):

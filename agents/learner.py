@@ -8,7 +8,6 @@ import platform
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -18,13 +17,13 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.type_aliases import DictRolloutBufferSamples
-from stable_baselines3.common.utils import obs_as_tensor
+from stable_baselines3.common.utils import explained_variance, obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lacer.agents.policy import CompositePolicy
+from lacer.agents.gradient import Figures, Gradient
+from lacer.agents.rollout import SourceRolloutBuffer
 
 T = TypeVar("T")
 
@@ -37,8 +36,8 @@ class CompositePPO(PPO):
     """SB3's PPO, extended at its two hooks, ``collect_rollouts`` and ``train``.
 
     Without shortcuts every number is that of SB3's own loop: the same operations in the same order, without copies of
-    observations, checks of distributions and figures for a log that nobody reads. It ends at the first loss, gradient
-    or action that is not finite.
+    observations, checks of distributions and, where nobody reads the log, its figures. It ends at the first loss,
+    gradient or action that is not finite.
 
     Args:
         parts: the encoder works on minibatches in so many parts, side by side, in threads of their own, and the parts'
@@ -48,6 +47,10 @@ class CompositePPO(PPO):
             data is one update old (Huang et al. 2023, arXiv 2310.00036, section 3.2). Not for encoders that draw random
             numbers while they train; those play in turn.
         batched_ends: the values of all episodes that are cut off at the same step are asked for at once.
+        microbatch: a minibatch is worked on in pieces of at most so many rows, one after the other, whose gradients are
+            added up, so that the activations of one piece are in memory at a time; None: as a whole. Advantages are
+            normalised over the minibatch and every figure is its mean, but sums are taken in another order. Dropout
+            draws other numbers; encoders with batch normalisation work on whole minibatches.
         others: see SB3's ``PPO``.
 
     Raises:
@@ -55,12 +58,13 @@ class CompositePPO(PPO):
     """
 
     def __init__(self, *args: Any, parts: int = 1, overlap: bool = False, batched_ends: bool = False,
-                 **kwargs: Any) -> None:
-        self.parts, self.overlap, self.batched_ends = parts, overlap, batched_ends
+                 microbatch: int | None = None, **kwargs: Any) -> None:
+        self.parts, self.overlap, self.batched_ends, self.microbatch = parts, overlap, batched_ends, microbatch
         self._plain: bool | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._ahead: Future[list[dict[str, Any]]] | None = None
         self._actor: ActorCriticPolicy | None = None
+        kwargs.setdefault("rollout_buffer_class", SourceRolloutBuffer)
         super().__init__(*args, **kwargs)
 
     def _setup_model(self) -> None:
@@ -74,6 +78,12 @@ class CompositePPO(PPO):
                 return super().learn(*args, **kwargs)
             finally:
                 self._finish()
+
+    def free(self) -> None:
+        """Gives the rollouts' memory back; learning anew takes it again."""
+        for buffer in (self.rollout_buffer, self._spare):
+            if isinstance(buffer, SourceRolloutBuffer):
+                buffer.free()
 
     # -- rollouts -----------------------------------------------------------------------------------------------------
 
@@ -189,80 +199,65 @@ class CompositePPO(PPO):
     # -- updates ------------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        if self.target_kl is not None or self.clip_range_vf is not None:
-            return super().train()
         self.policy.set_training_mode(True)
         optimizer = self.policy.optimizer
         self._update_learning_rate(optimizer)
-        clip_range = cast(Any, self.clip_range)(self._current_progress_remaining)
         threads = self.parts if self.parts > 1 and self.device.type == "cpu" and self.plain else 1
+        told = bool(self.logger.output_formats)
+        gradient = Gradient(self, None if self._statistics else self.microbatch, threads, self._side_by_side, told)
+        epochs: list[list[Figures]] = []
         with _threads_each(self.parts if threads < self.parts else None):
             for _ in range(self.n_epochs):
-                for batch in self.rollout_buffer.get(self.batch_size):
+                epochs.append([])
+                for rows in gradient.buffer.draw(self.batch_size):
                     optimizer.zero_grad()
-                    loss = self._gradient(cast(DictRolloutBufferSamples, batch), clip_range, threads)
+                    epochs[-1].append(gradient(rows))
+                    loss = epochs[-1][-1].loss
                     norm = nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm)
                     if not math.isfinite(loss) or not math.isfinite(float(norm)):
                         what = "gradient" if math.isfinite(loss) else "loss"
                         raise Diverged(f"NaN or infinite {what} in an update after {self.num_timesteps} steps")
+                    if self._too_far(epochs[-1][-1]):
+                        break
                     optimizer.step()
                 self._n_updates += 1
+                if self._too_far(epochs[-1][-1]):
+                    break
         self.logger.record("train/loss", loss)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        if told:
+            self._tell(epochs, gradient)
 
-    def _gradient(self, batch: DictRolloutBufferSamples, clip_range: float, threads: int) -> float:
-        """Puts PPO's gradient into the parameters' ``grad``; returns the loss."""
-        obs = batch.observations
-        n = len(batch.advantages)
-        if threads == 1 or n < 2 * threads:
-            loss = self._loss(self.policy.extract_features(cast(Any, obs)), batch, clip_range)
-            loss.backward()
-            return loss.item()
-        # The encoder works in parts, the small heads and the loss on the whole minibatch.
-        weights = [p for p in self.policy.features_extractor.parameters() if p.requires_grad]
-        edges = [n * i // threads for i in range(threads + 1)]
+    def _too_far(self, figures: Figures) -> bool:
+        """Whether the policy has gone too far from that of the rollout, as SB3 judges it."""
+        return self.target_kl is not None and figures.approx_kl > 1.5 * self.target_kl
 
-        def forward(start: int, end: int) -> Tensor:
-            return cast(Tensor, self.policy.extract_features(cast(Any, {k: v[start:end] for k, v in obs.items()})))
-
-        def backward(part: Tensor, gradient: Tensor) -> tuple[Tensor | None, ...]:
-            return torch.autograd.grad(part, weights, gradient, allow_unused=True)
-
-        parts = self._side_by_side(forward, [(a, b) for a, b in pairwise(edges)])
-        features = torch.cat(parts).detach().requires_grad_()
-        loss = self._loss(features, batch, clip_range)
-        loss.backward()
-        assert features.grad is not None
-        gradients = self._side_by_side(backward, list(zip(parts, features.grad.split([len(p) for p in parts]),
-                                                          strict=True)))
-        for weight, *shares in zip(weights, *gradients, strict=True):
-            for share in shares:
-                if share is not None and weight.grad is None:  # laid out as the weight: Adam's fused kernel asks for it
-                    weight.grad = share if share.stride() == weight.stride() else torch.empty_like(weight).copy_(share)
-                elif share is not None:
-                    weight.grad = cast(Tensor, weight.grad).add_(share)
-        return loss.item()
-
-    def _loss(self, features: Any, batch: DictRolloutBufferSamples, clip_range: float) -> Tensor:
-        """Eq. 9 of Schulman et al. 2017, in the order of SB3's operations."""
-        actions = batch.actions.long().flatten() if isinstance(self.action_space, spaces.Discrete) else batch.actions
-        values, log_prob, entropy = cast(CompositePolicy, self.policy).evaluate_features(features, actions)
-        advantages = batch.advantages
-        if self.normalize_advantage and len(advantages) > 1:
-            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-        ratio = torch.exp(log_prob - batch.old_log_prob)
-        gain = torch.min(advantages * ratio, advantages * torch.clamp(ratio, 1 - clip_range, 1 + clip_range))
-        bonus = torch.mean(-log_prob) if entropy is None else torch.mean(entropy)
-        return (-gain.mean() + self.ent_coef * -bonus
-                + self.vf_coef * nn.functional.mse_loss(batch.returns, values.flatten()))
+    def _tell(self, epochs: list[list[Figures]], gradient: Gradient) -> None:
+        """SB3's figures for the log."""
+        for name in ("entropy_loss", "policy_gradient_loss", "value_loss", "clip_fraction"):
+            self.logger.record(f"train/{name}", np.mean([getattr(f, name) for epoch in epochs for f in epoch]))
+        self.logger.record("train/approx_kl", np.mean([f.approx_kl for f in epochs[-1]]))
+        buffer = gradient.buffer
+        self.logger.record("train/explained_variance",
+                           explained_variance(buffer.values.flatten(), buffer.returns.flatten()))
+        if hasattr(self.policy, "log_std"):
+            self.logger.record("train/std", torch.exp(self.policy.log_std).mean().item())
+        self.logger.record("train/clip_range", gradient.clip_range)
+        if gradient.clip_range_vf is not None:
+            self.logger.record("train/clip_range_vf", gradient.clip_range_vf)
 
     # -- threads ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _statistics(self) -> bool:
+        """Whether the network counts statistics of minibatches."""
+        return any(isinstance(m, _BatchNorm) for m in self.policy.modules())
 
     @property
     def plain(self) -> bool:
         """Whether the network in training is a function of its input alone, row by row: no dropout, no statistics."""
         if self._plain is None:
-            self._plain = not any(isinstance(m, _BatchNorm) for m in self.policy.modules())
+            self._plain = not self._statistics
             if self._plain:
                 obs = obs_as_tensor(cast(Any, self._last_obs), self.device)
                 state = torch.get_rng_state()

@@ -21,7 +21,6 @@ from lacer.agents.learner import CompositePPO, Diverged
 from lacer.agents.parts import Kept, learn, take_weights
 from lacer.agents.policy import CompositeExtractor, CompositePolicy, policy_kwargs
 from lacer.agents.probing import Hopeless, Probing
-from lacer.agents.rollout import SourceRolloutBuffer
 from lacer.agents.vec import EncoderVecEnv
 from lacer.encoders import EncoderSpec, TextTable
 from lacer.envs import LacerError, TaskCard, task_card
@@ -43,7 +42,8 @@ def versions() -> dict[str, str]:
     return out
 
 
-def make_model(spec: EncoderSpec, card: TaskCard, table: TextTable, env: Any, protocol: Protocol, seed: int) -> PPO:
+def make_model(spec: EncoderSpec, card: TaskCard, table: TextTable, env: Any, protocol: Protocol,
+               seed: int) -> CompositePPO:
     """SB3's PPO with the composite encoder as features extractor."""
     p = protocol.ppo
     return make_ppo(CompositePolicy, policy_kwargs(spec, card, table, p.head, p.log_std_init), env, p, seed,
@@ -67,7 +67,7 @@ def make_ppo(policy: type[CompositePolicy], arguments: dict[str, Any], env: Any,
     model = CompositePPO(
         policy, env, parts=torch.get_num_threads() if "halves" in shortcuts else 1, overlap="overlap" in shortcuts,
         batched_ends="batched_ends" in shortcuts,
-        rollout_buffer_class=SourceRolloutBuffer,
+        microbatch=p.microbatch_size if "microbatches" in shortcuts else None,
         rollout_buffer_kwargs={"sources": sources, "channels_last": "channels_last" in shortcuts},
         n_steps=p.n_steps, batch_size=min(p.batch_size, p.n_steps * p.n_envs), n_epochs=p.n_epochs,
         learning_rate=p.learning_rate, gamma=p.gamma, gae_lambda=p.gae_lambda, clip_range=p.clip_range,
@@ -187,7 +187,7 @@ def _run(request: RunRequest, card: TaskCard, spec: EncoderSpec | None, table: T
          start_method: StartMethod | None) -> Evaluation:
     protocol = request.protocol
     cost = Cost()
-    model: PPO | None = None
+    model: CompositePPO | None = None
     curve: list[tuple[int, float]] = []
     probing = Probing(protocol)
     if spec is not None:
@@ -208,6 +208,7 @@ def _run(request: RunRequest, card: TaskCard, spec: EncoderSpec | None, table: T
             close_vec(env)
         curve = progress.curve
         assert model is not None
+        model.free()  # evaluation and probes need the policy alone
         encoder = _encoder(model)
         cost.probe_seconds = probing.seconds
         cost.train_seconds = progress.seconds - probing.seconds

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,11 +58,17 @@ class Rows:
 
     def some(self, n: int) -> Rows:
         """At most ``n`` of them, drawn once and for all so that no period of the task is met, in their order."""
-        if len(self) <= n:
-            return self
-        keep = np.sort(np.random.default_rng(0).choice(len(self), n, replace=False))
+        return self if len(self) <= n else self.at(_drawn(len(self), n))
+
+    def at(self, keep: np.ndarray) -> Rows:
+        """Those of the numbers ``keep``."""
         return Rows({k: v[keep] for k, v in self.obs.items()}, {k: v[keep] for k, v in self.state.items()},
                     self.reward[keep], self.returns[keep], self.groups[keep])
+
+
+def _drawn(total: int, n: int) -> np.ndarray:
+    """Numbers of the rows that :meth:`Rows.some` keeps."""
+    return np.sort(np.random.default_rng(0).choice(total, min(n, total), replace=False))
 
 
 def rows_of_episodes(rows: Mapping[str, Sequence[Any]], gamma: float, n: int) -> Rows:
@@ -132,9 +138,9 @@ def take(policy: Any, rows: Rows, needs: frozenset[str], gradient: Mapping[str, 
                   _greedy(policy.action_space, action), rows.groups, layers, permuted, dict(gradient or {}))
 
 
-def _batches(policy: Any, rows: Rows) -> list[dict[str, Tensor]]:
-    return [{k: torch.as_tensor(v[i:i + BATCH], device=policy.device).float() for k, v in rows.obs.items()}
-            for i in range(0, len(rows), BATCH)]
+def _batches(policy: Any, rows: Rows) -> Iterator[dict[str, Tensor]]:
+    for i in range(0, len(rows), BATCH):
+        yield {k: torch.as_tensor(v[i:i + BATCH], device=policy.device) for k, v in rows.obs.items()}
 
 
 def _decide(policy: Any, state: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -170,8 +176,7 @@ def _greedy(space: spaces.Space, out: np.ndarray) -> np.ndarray:
 def _permuted(policy: Any, encoder: CompositeEncoder, rows: Rows) -> dict[str, tuple[float, float]]:
     """How much actions and values change when a source's features are those of other rows."""
     rows = rows.some(PERMUTED_ROWS)
-    obs = {k: torch.as_tensor(v, device=policy.device).float() for k, v in rows.obs.items()}
-    features = encoder.encode(obs)
+    features = encoder.encode({k: torch.as_tensor(v, device=policy.device) for k, v in rows.obs.items()})
     before = _decide(policy, encoder.fusion(features))
     order = torch.as_tensor(np.random.default_rng(1).permutation(len(rows)), device=policy.device)
     out = {}
@@ -192,29 +197,35 @@ def gradients(model: Any) -> dict[str, float]:
     n = buffer.buffer_size * buffer.n_envs
     keep = np.random.default_rng(2).choice(n, min(n, GRADIENT_ROWS), replace=False)
 
-    def part(x: np.ndarray) -> Tensor:
-        return torch.as_tensor(x.reshape(n, *x.shape[2:])[keep], device=policy.device)
+    def part(x: np.ndarray, rows: np.ndarray) -> Tensor:
+        return torch.as_tensor(x[rows // buffer.n_envs, rows % buffer.n_envs], device=policy.device)  # no whole copy
 
-    obs = {k: part(v).float() for k, v in buffer.observations.items()}
-    actions, old, advantages, returns = (
-        part(x) for x in (buffer.actions, buffer.log_probs, buffer.advantages, buffer.returns))
-    # As in the updates; those of MultiBinary are bytes.
-    actions = actions.long().flatten() if isinstance(model.action_space, spaces.Discrete) else actions.float()
     training = policy.training
     policy.set_training_mode(False)
     clip = model.clip_range(1.0) if callable(model.clip_range) else model.clip_range
-    # cuDNN refuses the backward pass of recurrent networks in evaluation mode.
-    with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
-        values, log_prob, entropy = policy.evaluate_actions(obs, actions)
-        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8) if len(keep) > 1 else advantages
-        ratio = (log_prob - old).exp()
-        gain = torch.min(advantages * ratio, advantages * ratio.clamp(1 - clip, 1 + clip)).mean()
-        bonus = (-log_prob if entropy is None else entropy).mean()
-        loss = model.vf_coef * F.mse_loss(returns, values.flatten()) - gain - model.ent_coef * bonus
-        modules: dict[str, nn.Module] = {**dict(encoder.blocks.items()), FUSED: encoder.fusion}
-        of = {name: [p for p in m.parameters() if p.requires_grad] for name, m in modules.items()}
-        every = [p for ps in of.values() for p in ps]
-        found = iter(torch.autograd.grad(loss, every, allow_unused=True))
+    modules: dict[str, nn.Module] = {**dict(encoder.blocks.items()), FUSED: encoder.fusion}
+    of = {name: [p for p in m.parameters() if p.requires_grad] for name, m in modules.items()}
+    every = [p for ps in of.values() for p in ps]
+    normal = part(buffer.advantages, keep)
+    normal = (normal - normal.mean()) / (normal.std() + 1e-8) if len(keep) > 1 else normal
+    total: list[Tensor | None] = [None] * len(every)
+    size = getattr(model, "microbatch", None) or len(keep)  # no more memory than the updates take
+    for start in range(0, len(keep), size):
+        rows, advantages = keep[start:start + size], normal[start:start + size]
+        obs = {k: part(v, rows) for k, v in buffer.observations.items()}
+        actions, old, returns = (part(x, rows) for x in (buffer.actions, buffer.log_probs, buffer.returns))
+        # As in the updates; those of MultiBinary are bytes.
+        actions = actions.long().flatten() if isinstance(model.action_space, spaces.Discrete) else actions.float()
+        # cuDNN refuses the backward pass of recurrent networks in evaluation mode.
+        with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
+            values, log_prob, entropy = policy.evaluate_actions(obs, actions)
+            ratio = (log_prob - old).exp()
+            gain = torch.min(advantages * ratio, advantages * ratio.clamp(1 - clip, 1 + clip)).mean()
+            bonus = (-log_prob if entropy is None else entropy).mean()
+            loss = model.vf_coef * F.mse_loss(returns, values.flatten()) - gain - model.ent_coef * bonus
+            new = torch.autograd.grad(len(rows) / len(keep) * loss, every, allow_unused=True)
+        total = [a if b is None else b if a is None else a + b for a, b in zip(total, new, strict=True)]
+    found = iter(total)
     policy.set_training_mode(training)
     out = {}
     for name, ps in of.items():
@@ -285,8 +296,8 @@ class Probing(Kept):
         steps = self.num_timesteps
         last, due = steps >= self.protocol.steps, bool(self._points) and steps >= self._points[0]
         start = time.monotonic()
-        if self._points and steps + self.protocol.probe_rows > self._points[0]:
-            self._kept.append(self._rows())
+        if not due and self._points and steps + self.protocol.probe_rows > self._points[0]:
+            self._kept.append(self._rows(np.arange(self._rollout)))
         if not last and not due:
             return
         gradient = gradients(self.model) if "gradient" in self.needs else {}
@@ -295,7 +306,10 @@ class Probing(Kept):
         if due:
             self._points = [p for p in self._points if p > steps]
             needs = self.needs if self.protocol.stop_dead is None else self.needs | {"layers"}
-            rows = Rows.joined(self._kept).some(self.protocol.probe_rows)
+            before = sum(map(len, self._kept))
+            keep = _drawn(before + self._rollout, self.protocol.probe_rows)  # before anything is copied
+            new = self._rows(keep[keep >= before] - before)
+            rows = Rows.joined([Rows.joined(self._kept).at(keep[keep < before]), new]) if self._kept else new
             self._kept = []
             sample = take(self.model.policy, rows, needs, gradient)
             self.curve.append((steps, measure(sample, self.protocol.probes)))
@@ -323,20 +337,21 @@ class Probing(Kept):
                 self.steps += len(played.rows["reward"])
         return measure(sample, p.probes)
 
-    def _rows(self) -> Rows:
-        """The rollout just collected, copied."""
+    @property
+    def _rollout(self) -> int:
+        buffer = self.model.rollout_buffer  # type: ignore[attr-defined]
+        return int(buffer.buffer_size * buffer.n_envs)
+
+    def _rows(self, keep: np.ndarray) -> Rows:
+        """Those rows, counted step by step, of the rollout just collected, copied."""
         buffer: Any = self.model.rollout_buffer  # type: ignore[attr-defined]
-        size, envs = buffer.buffer_size, buffer.n_envs
+        step, env = keep // buffer.n_envs, keep % buffer.n_envs
         episodes = self._episodes + np.cumsum(buffer.episode_starts, 0)
         self._episodes = episodes[-1]
-        groups = episodes + 1e9 * np.arange(envs)
-
-        def flat(x: np.ndarray) -> np.ndarray:
-            return x.reshape(size * envs, *x.shape[2:]).copy()
-
-        return Rows({k: flat(v) for k, v in buffer.observations.items()},
-                    _states([s for row in self._states for s in row]), flat(buffer.rewards), flat(buffer.returns),
-                    flat(groups))
+        groups = episodes + 1e9 * np.arange(buffer.n_envs)
+        return Rows({k: v[step, env] for k, v in buffer.observations.items()},
+                    {k: v[keep] for k, v in _states([s for row in self._states for s in row]).items()},
+                    buffer.rewards[step, env], buffer.returns[step, env], groups[step, env])
 
     def _stop(self, sample: Sample, steps: int) -> None:
         p = self.protocol

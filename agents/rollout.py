@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,10 @@ class SourceRolloutBuffer(DictRolloutBuffer):
         self.generator_ready = False
         self.pos, self.full = 0, False
 
+    def free(self) -> None:
+        """Gives the observations' memory back; the next :meth:`reset` takes it anew."""
+        self._memory, self.observations = {}, {}
+
     def _turned(self, shape: tuple[int, ...]) -> bool:
         return self._channels_last and len(shape) == 3
 
@@ -64,14 +68,31 @@ class SourceRolloutBuffer(DictRolloutBuffer):
         self.pos += 1
         self.full = self.pos == self.buffer_size
 
-    def _get_samples(self, batch_inds: np.ndarray, env: Any = None) -> DictRolloutBufferSamples:  # type: ignore[override]
+    def draw(self, batch_size: int) -> Iterator[np.ndarray]:
+        """Numbers of the rows of SB3's minibatches, in its order, for :meth:`rows`."""
+        assert self.full
+        drawn = np.random.permutation(self.buffer_size * self.n_envs)
+        if not self.generator_ready:
+            self.observations = {k: self.swap_and_flatten(v) for k, v in self.observations.items()}
+            for name in ("actions", "values", "log_probs", "advantages", "returns"):
+                setattr(self, name, self.swap_and_flatten(getattr(self, name)))
+            self.generator_ready = True
+        for start in range(0, len(drawn), batch_size):
+            yield drawn[start:start + batch_size]
+
+    def rows(self, numbers: np.ndarray) -> DictRolloutBufferSamples:
+        """Those rows on the device, after :meth:`draw`."""
         return DictRolloutBufferSamples(
-            observations={k: self._images(v, batch_inds) for k, v in self.observations.items()},
-            actions=self.to_torch(self.actions[batch_inds].astype(np.float32, copy=False)),
-            old_values=self.to_torch(self.values[batch_inds, 0]),
-            old_log_prob=self.to_torch(self.log_probs[batch_inds, 0]),
-            advantages=self.to_torch(self.advantages[batch_inds, 0]),
-            returns=self.to_torch(self.returns[batch_inds, 0]))
+            observations={k: self._images(v, numbers) for k, v in self.observations.items()},
+            actions=self.to_torch(self.actions[numbers].astype(np.float32, copy=False)),
+            old_values=self.to_torch(self.values[numbers, 0]),
+            old_log_prob=self.to_torch(self.log_probs[numbers, 0]),
+            advantages=self.to_torch(self.advantages[numbers, 0]),
+            returns=self.to_torch(self.returns[numbers, 0]))
+
+    def get(self, batch_size: int | None = None) -> Generator[DictRolloutBufferSamples, None, None]:  # type: ignore[override]
+        for numbers in self.draw(batch_size or self.buffer_size * self.n_envs):
+            yield self.rows(numbers)
 
     def _images(self, flat: np.ndarray, rows: np.ndarray) -> Tensor:
         if self._turned(flat.shape[1:]):

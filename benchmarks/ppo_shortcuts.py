@@ -2,13 +2,13 @@
 
     python benchmarks/ppo_shortcuts.py                                # lacer/KnownSources-v0
     python benchmarks/ppo_shortcuts.py setting=traffic seeds=5        # lacer/MixedTraffic-v0, short
-    Options: shortcuts=fused_adam,channels_last,halves,overlap,bf16 seeds=8 first=100 steps=... out=FILE
+    Options: shortcuts=fused_adam,channels_last,halves,microbatches,overlap,bf16 seeds=8 first=100 steps=... out=FILE
 
 A run's score is the task metric, averaged over held-out episodes that are the same for all runs. For each shortcut:
 mean of the paired differences (with minus without) and their 95 % bootstrap interval over seeds, beside the standard
 deviation of the plain runs between seeds. `fine` means that the interval contains zero and that its lower end loses no
-more than a quarter of what training gains over doing nothing. With out=FILE finished runs are kept there and not
-repeated. The last line is JSON.
+more than a quarter of what training gains over doing nothing. `microbatches` cuts the minibatches of 64 rows in three.
+With out=FILE finished runs are kept there and not repeated. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def score(setting: str, shortcut: str, seed: int, steps: int, kept: Path | None)
             if (row := json.loads(line))["run"] == key:
                 return float(row["score"])
     torch.set_num_threads(2 if shortcut == "halves" else 1)
-    ppo = PPOConfig(**s["ppo"], shortcuts=(shortcut,) if shortcut not in ("plain", "noop") else ())
+    ppo = PPOConfig(**s["ppo"], microbatch_size=24, shortcuts=(shortcut,) if shortcut not in ("plain", "noop") else ())
     e = run(RunRequest(env=s["env"], env_kwargs=s["env_kwargs"], seed=seed, text_model="hash",
                        encoder=None if shortcut == "noop" else ENCODER[setting],
                        protocol=Protocol(steps=steps, eval_episodes=s["episodes"], ppo=ppo)), start_method="fork")

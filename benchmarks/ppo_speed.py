@@ -3,7 +3,8 @@
     python benchmarks/ppo_speed.py                     # camera: cheap environment with a camera, the learner counts
     python benchmarks/ppo_speed.py setting=traffic     # lacer/MixedTraffic-v0, scene small: the simulation counts
     python benchmarks/ppo_speed.py parts=pair,memory   # two candidates at once; peak memory
-    Options: rounds=5 threads=2 n_envs=8 n_steps=128 batch_size=256 n_epochs=4 shortcuts=fused_adam+channels_last
+    Options: rounds=5 threads=2 n_envs=8 n_steps=128 batch_size=256 n_epochs=4 microbatch_size=128
+             shortcuts=fused_adam+channels_last
 
 Sides that are compared have the same encoder, PPO hyper-parameters, environment and seeds, and take turns, one rollout
 with its update each, in a process for each; a ratio is the median over the rounds. `sb3` is SB3's loop, buffer and
@@ -39,7 +40,7 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
-from lacer.agents import PPOConfig, Protocol, RunRequest
+from lacer.agents import PPOConfig, Protocol, RunRequest, run
 from lacer.agents.learner import kept_memory
 from lacer.agents.policy import CompositePolicy, policy_kwargs
 from lacer.agents.ppo import make_model
@@ -342,6 +343,37 @@ def _memory(make: Callable[[Setting], PPO], setting: Setting, queue: Any) -> Non
     queue.put((1024 * peak, 3 * parameters + setting.rollout * per_step, 1024 * batch))
 
 
+def _run_memory(setting: Setting, shortcuts: tuple[str, ...], probe_at: tuple[float, ...], queue: Any) -> None:
+    torch.set_num_threads(1)
+
+    def once(s: Setting, episodes: int) -> None:
+        ppo = s.ppo.model_copy(update={"shortcuts": shortcuts})
+        protocol = Protocol(steps=2 * s.rollout, eval_episodes=episodes, probe_at=probe_at, ppo=ppo)
+        result = run(RunRequest(env=s.env, env_kwargs=s.kwargs, encoder=s.spec().to_dict(), protocol=protocol,
+                                text_model="hash"))
+        assert result.ok, result.reason
+
+    once(Setting(setting.name, n_steps=8, n_envs=2, batch_size=16), 2)  # libraries, kernels
+    before = _watched()
+    once(setting, 10)
+    queue.put(1024 * (_kb("VmHWM") - before))
+
+
+def run_memory(setting: Setting, shortcuts: tuple[str, ...]) -> dict[str, float]:
+    """Peak memory in MB of whole runs: two rollouts with updates, evaluation, probes; and with mid-training probes."""
+    out: dict[str, float] = {}
+    context = multiprocessing.get_context("fork")
+    for name, used in (("ours", ()), ("+".join(shortcuts), shortcuts)):
+        for label, at in (("", ()), (", probe_at", (0.3,))):
+            queue = context.Queue()
+            process = context.Process(target=_run_memory, args=(setting, used, at, queue))
+            process.start()
+            out[name + label] = round(queue.get() / 1e6, 1)
+            process.join()
+            print(f"peak memory of a run, {name}{label}: {out[name + label]} MB", flush=True)
+    return out
+
+
 def _watched() -> int:
     """Memory in kB from which the peak counts."""
     ctypes.CDLL(None).malloc_trim(0)
@@ -377,10 +409,12 @@ def main(options: dict[str, str]) -> None:
     with_defaults = options.pop("defaults", "1") != "0"
     setting = Setting(name, **{k: int(v) for k, v in options.items()})
     out: dict[str, Any] = {"benchmark": "ppo_speed", "setting": name, "threads": threads, "rounds": rounds,
-                           "ppo": {k: getattr(setting.ppo, k) for k in ("n_envs", "n_steps", "batch_size", "n_epochs")}}
+                           "ppo": {k: getattr(setting.ppo, k) for k in ("n_envs", "n_steps", "batch_size", "n_epochs",
+                                                                       "microbatch_size")}}
     if "memory" in parts:
         large = Setting(name, **{"n_steps": 512, **{k: int(v) for k, v in options.items()}})
-        out["memory"] = {"n_steps": large.ppo.n_steps, **memory(large, shortcuts)}
+        out["memory"] = {"n_steps": large.ppo.n_steps, **memory(large, shortcuts),
+                         "run_mb": run_memory(large, shortcuts)}
     if "speed" in parts:
         out["speed"] = speed(setting, rounds, threads, shortcuts, with_defaults and name == "camera")
     if "pair" in parts:

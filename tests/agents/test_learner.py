@@ -12,11 +12,12 @@ import pytest
 import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import DictRolloutBuffer
-from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from lacer.agents.evaluation import PPOConfig, Protocol
+from lacer.agents.gradient import Gradient
 from lacer.agents.learner import CompositePPO, Diverged, kept_memory
 from lacer.agents.policy import CompositePolicy, policy_kwargs
 from lacer.agents.ppo import make_model
@@ -97,12 +98,86 @@ def test_without_shortcuts_the_weights_are_those_of_sb3s_own_loop(
     assert [i["r"] for i in a.ep_info_buffer or ()] == [i["r"] for i in b.ep_info_buffer or ()]
 
 
+class Log(KVWriter):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def write(self, key_values: dict[str, Any], key_excluded: Any, step: int = 0) -> None:
+        self.rows.append({k: v for k, v in key_values.items() if not k.startswith("time/")})
+
+
+@pytest.mark.parametrize("settings", [{"clip_range_vf": lambda _: 0.02}, {"target_kl": 1e-4},
+                                      {"normalize_advantage": False}], ids=lambda s: next(iter(s)))
+def test_sb3s_other_settings_count_too_and_the_log_is_sb3s(settings: dict[str, Any]) -> None:
+    weights, logs, updates = [], [], []
+    for make in (ours, theirs):
+        model = make(CONFIG)
+        for name, value in settings.items():
+            setattr(model, name, value)
+        logs.append(Log())
+        model.set_logger(Logger(None, [logs[-1]]))
+        weights.append(learnt(model))
+        updates.append(model._n_updates)
+    (got, want), plain = weights, learnt(ours(CONFIG))
+    assert all(torch.equal(got[k], want[k]) for k in want)
+    assert any(not torch.equal(got[k], plain[k]) for k in plain), "the setting does something"
+    assert updates[0] == updates[1]
+    assert (updates[0] < 6) == ("target_kl" in settings)
+    assert len(logs[0].rows) == len(logs[1].rows) == 3
+    for a, b in zip(logs[0].rows, logs[1].rows, strict=True):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-8, nan_ok=True)
+        assert ("train/approx_kl" in a) == ("train/clip_fraction" in a) == ("train/n_updates" in a)
+    assert "train/approx_kl" in logs[0].rows[-1]
+
+
+@pytest.mark.parametrize("settings", [{}, {"clip_range_vf": lambda _: 0.02}, {"normalize_advantage": False},
+                                      {"ent_coef": 0.0, "vf_coef": 2.0}], ids=lambda s: next(iter(s), "plain"))
+def test_microbatches_give_the_gradient_and_the_figures_of_the_whole_minibatch(settings: dict[str, Any]) -> None:
+    sources = {k: v for k, v in ENCODER["sources"].items() if k != "words"}  # whose embeddings have 32 bits
+    model = ours(CONFIG, {**ENCODER, "sources": sources})
+    learnt(model, 96)  # the policy is no longer that of the rollout
+    for name, value in settings.items():
+        setattr(model, name, value)
+    model.policy.double()
+
+    def found(rows: int, *how: Any) -> tuple[list[torch.Tensor], tuple[float, ...]]:
+        model.policy.zero_grad()
+        figures = Gradient(model, *how, model._side_by_side, told=True)(np.arange(96)[::-1][:rows])
+        return [p.grad.clone() for p in model._parameters if p.grad is not None], figures
+
+    for rows in (40, 16, 1):
+        gradient, figures = found(rows, None, 1)
+        assert len(gradient) == len(model._parameters) - 3, "all but those of the picture's tokens"
+        assert all(np.isfinite(figures))
+        for how in ((16, 1), (7, 1), (1, 1), (1000, 1), (16, 2), (5, 2), (None, 2)):
+            other, others = found(rows, *how)
+            assert others == pytest.approx(figures, rel=1e-9, abs=1e-12), how
+            for a, b in zip(gradient, other, strict=True):
+                assert torch.allclose(a, b, rtol=1e-8, atol=1e-12), how
+    model._finish()
+    assert figures[1] > 0, "approx_kl"
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_microbatches_show_the_encoder_so_many_rows_at_a_time(norm: bool) -> None:
+    model = ours(CONFIG.model_copy(update={"shortcuts": ("microbatches",), "microbatch_size": 15}))
+    encoder = model.policy.features_extractor.encoder
+    if norm:  # its statistics are those of minibatches
+        encoder.fusion = torch.nn.Sequential(encoder.fusion, torch.nn.BatchNorm1d(encoder.dim))
+    rows: list[int] = []
+    encoder.register_forward_pre_hook(lambda m, args: rows.append(len(args[0]["picture"])) if m.training else None)
+    learnt(model, 96)
+    assert rows == ([40, 40, 16] if norm else [13, 13, 14, 13, 13, 14, 8, 8]) * 2
+
+
 @pytest.mark.parametrize("shortcuts", [("fused_adam",), ("channels_last",), ("batched_ends",), ("halves",), ("bf16",),
-                                       ("overlap",),
+                                       ("overlap",), ("microbatches",), ("microbatches", "halves"),
                                        ("fused_adam", "channels_last", "halves", "overlap")])
 def test_shortcuts_repeat_and_change_little(shortcuts: tuple[Any, ...]) -> None:
     """One update on the same rollout: rounding apart, the same weights. `overlap` changes the second rollout only."""
-    config = CONFIG.model_copy(update={"n_steps": 16, "n_epochs": 1})
+    config = CONFIG.model_copy(update={"n_steps": 16, "n_epochs": 1, "microbatch_size": 15})
     p = config.model_copy(update={"shortcuts": shortcuts})
     threads = torch.get_num_threads()
 
@@ -166,6 +241,21 @@ def test_the_buffer_gives_sb3s_minibatches_and_takes_no_memory_twice() -> None:
         assert isinstance(b, SourceRolloutBuffer)
         assert id(b._memory) in memory
         assert all(np.shares_memory(b.observations[k], m) for k, m in b._memory.items())
+
+
+def test_memory_of_rollouts_that_was_given_back_is_taken_anew() -> None:
+    def train(free: bool) -> dict[str, torch.Tensor]:
+        model = ours(CONFIG)
+        model.learn(96)
+        if free:
+            model.free()
+            assert not model.rollout_buffer._memory
+        model.learn(96)
+        close_vec(model.env)
+        return {k: v.clone() for k, v in model.policy.state_dict().items()}
+
+    kept, given = train(False), train(True)
+    assert all(torch.equal(kept[k], given[k]) for k in kept)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a matter of glibc")

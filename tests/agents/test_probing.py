@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Mapping
 from typing import Any
 
@@ -171,6 +172,8 @@ class Grab(BaseCallback):
         model: Any = self.model
         before = torch.get_rng_state()
         self.shares = gradients(model)
+        model.microbatch = 10
+        self.in_pieces = gradients(model)
         assert torch.equal(torch.get_rng_state(), before)
         assert all(p.grad is None for p in model.policy.parameters())
         encoder = model.policy.features_extractor.encoder
@@ -198,6 +201,45 @@ def test_gradients_against_backward() -> None:
     finally:
         close_vec(env)
     assert grab.shares == pytest.approx(grab.want, rel=1e-3)
+    assert grab.shares == pytest.approx(grab.in_pieces, rel=1e-5)
+
+
+def test_mid_training_probes_copy_their_rows_and_not_the_rollout() -> None:
+    """And these are the rows that were drawn when all were copied first."""
+    card, table = task_card(ENV), TextTable("hash")
+    env = EncoderVecEnv(make_vec(ENV, 4, seed=0), card, table)
+    protocol = PLAIN.model_copy(update={"steps": 4096, "probe_at": (0.2, 0.6), "probe_rows": 64, "ppo": PPO.model_copy(
+        update={"n_steps": 256, "n_epochs": 1})})
+    spec = EncoderSpec.parse({"sources": {"picture": {"block": "cnn"}}, "fusion": {"block": "concat"}}, card)
+    peaks: list[int] = []
+    seen: list[Rows] = []
+    want: list[np.ndarray] = []
+
+    class Watched(Probing):
+        def _on_rollout_end(self) -> None:
+            pictures = self.model.rollout_buffer.observations["picture"]
+            rows = pictures.reshape(-1, *pictures.shape[2:])
+            want.append(rows[np.sort(np.random.default_rng(0).choice(len(rows), 64, replace=False))].copy())
+            del rows
+            tracemalloc.start()
+            super()._on_rollout_end()
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+
+    def taken(policy: Any, rows: Rows, *args: Any) -> Any:
+        seen.append(rows)
+        return take(policy, rows, *args)
+
+    try:
+        model = make_model(spec, card, table, env, protocol, 0)
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(probing, "take", taken)
+            model.learn(1024, callback=Watched(protocol.model_copy(update={"probes": ("gradient_share",)})))
+    finally:
+        close_vec(env)
+    assert len(seen) == 1
+    np.testing.assert_array_equal(seen[0].obs["picture"], want[0])
+    assert max(peaks) < model.rollout_buffer._memory["picture"].nbytes / 2
 
 
 def test_a_permuted_policy_is_shown_another_moment() -> None:

@@ -24,6 +24,8 @@ TRAFFIC = KNOWN.model_copy(update={
     "env": "lacer/MixedTraffic-v0", "env_kwargs": {"scene": "small"},
     "encoder": {"sources": {"instruction": {"block": "sentence_mlp"}}, "fusion": {"block": "concat"}},
     "protocol": KNOWN.protocol.model_copy(update={"steps": 96, "eval_episodes": 2, "checkpoint_every": 32})})
+PIECES = KNOWN.model_copy(update={"protocol": KNOWN.protocol.model_copy(update={"ppo": KNOWN.protocol.ppo.model_copy(
+    update={"shortcuts": ("microbatches",), "microbatch_size": 5})})})
 
 
 class Killed(BaseException):
@@ -52,7 +54,8 @@ def interrupted(request: RunRequest, at: int, folder: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(("request_", "at"), [
-    (KNOWN, 32), (KNOWN, 96), (KNOWN, 224), pytest.param(TRAFFIC, 64, marks=pytest.mark.slow)])
+    (KNOWN, 32), (KNOWN, 96), (KNOWN, 224), (PIECES, 96),
+    pytest.param(TRAFFIC, 64, marks=pytest.mark.slow)])
 def test_interrupted_and_resumed_is_uninterrupted(request_: RunRequest, at: int, tmp_path: Path,
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     quiet = run(request_.model_copy(update={"save_to": str(tmp_path / "quiet")}), start_method="fork")
