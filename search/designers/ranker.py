@@ -28,8 +28,7 @@ HISTORY = 128
 POOL = 512
 """Candidates in spaces that are too large to be looked at as a whole."""
 FINALS = 192
-"""Of the candidates of a small space, so many are scored by the whole network: those that its Gaussian process puts
-first."""
+"""Of the candidates so many are scored by the whole network: those that its Gaussian process puts first."""
 CHANNELS = 8
 """Measurements beside the score that it reads, at most."""
 OWN = 12
@@ -214,7 +213,7 @@ class RankerDesigner(Designer):
         """Positions of those that the Gaussian process finds most promising."""
         import torch
 
-        if len(pool) <= POOL:
+        if len(pool) <= FINALS:
             return np.arange(len(pool))
         bound = []
         for part in torch.as_tensor(pool[:, self._free]).split(4096):
