@@ -3,11 +3,11 @@
     python benchmarks/ranker.py --seeds 100 --budget 48
     python benchmarks/ranker.py --tables composite --labels ranker,no-channels,shuffled,random,evolution,bo --budget 100
     python benchmarks/ranker.py --parts calibration,speed
-    python benchmarks/ranker.py --parts synthetic --labels bo,ranker,improvement,quantile --seeds 60
+    python benchmarks/ranker.py --parts synthetic --labels bo,ranker,top,plain --seeds 60
 
 Runs are kept in FOLDER/runs.jsonl and are not repeated. Labels: `ranker`; `no-channels`, without probes, learning
 curves and costs; `shuffled`, which sees the scores of its history in a random order; `generated`, which writes an
-encoder decision by decision in place of choosing from a pool; `plain`, its Gaussian process alone; `improvement`,
+encoder decision by decision in place of choosing from a pool; `plain`, its Gaussian process alone; `top`,
 `quantile`, `thompson`, other ways to choose among the predicted; NAME=FILE, other weights; and names of other
 designers. The last line is JSON: by table and label the mean of the best so far with its 95 % bootstrap interval, and
 over the tables the mean of the normalised one (0: mean of the table, 1: its best); the share of scores within the
@@ -106,12 +106,12 @@ def designer(label: str, seed: int) -> Designer:
     if label == "no-channels":
         return RankerDesigner(seed, channels=False)
     if label == "plain":
-        return Plain(seed, acquisition="improvement")
+        return Plain(seed)
     if label == "shuffled":
         return Shuffled(seed)
     if label == "generated":
         return Generated(seed)
-    if label in ("improvement", "quantile", "thompson"):
+    if label in ("top", "quantile", "thompson"):
         return RankerDesigner(seed, acquisition=label)  # type: ignore[arg-type]
     if "=" in label:
         return RankerDesigner(seed, weights=label.split("=", 1)[1])

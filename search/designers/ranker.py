@@ -53,8 +53,8 @@ class RankerDesigner(Designer):
     Args:
         seed: seed of start, pool and ties.
         start: random encoders at first, the first candidate included.
-        acquisition: what the most promising candidate has most of: the odds of being the ``top`` of the pool, expected
-            ``improvement`` on the best one, the upper ``quantile`` (0.9) of its score, or a score drawn at random
+        acquisition: what the most promising candidate has most of: expected ``improvement`` on the best one, the odds
+            of being the ``top`` of the pool, the upper ``quantile`` (0.9) of its score, or a score drawn at random
             (``thompson``).
         channels: whether to read probes, learning curves and costs of the evaluated encoders.
         weights: a file of weights in place of the shipped ones, as ``lacer ranker train`` writes it.
@@ -66,7 +66,7 @@ class RankerDesigner(Designer):
     name: ClassVar[str] = "ranker"
     paper: ClassVar[str] = "after LM-Searcher, 2509.05657; PFNs, Müller et al. 2022, 2112.10510"
 
-    def __init__(self, seed: int = 0, start: int = 4, acquisition: Acquisition = "top", channels: bool = True,
+    def __init__(self, seed: int = 0, start: int = 4, acquisition: Acquisition = "improvement", channels: bool = True,
                  weights: str | None = None) -> None:
         super().__init__(seed)
         if start < 1:
