@@ -29,7 +29,7 @@ from lacer.search.ranker.model import TRUST, Ranker, Size
 from lacer.search.ranker.settings import Training
 from lacer.search.ranker.synthetic import FAMILIES, Task, make_shape, make_task
 from lacer.search.ranker.train import judge, train
-from lacer.search.ranker.weights import SHIPPED, load, parameters, save, shipped
+from lacer.search.ranker.weights import FORMAT, SHIPPED, load, parameters, save, shipped
 from lacer.search.space import Decision, SearchSpace
 from lacer.search.study import Proposal, Study
 from lacer.search.tables import read_table
@@ -237,7 +237,7 @@ def test_weights_are_checked(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2)}, path, {"ranker": json.dumps({"format": "0"})})
     with pytest.raises(LacerError, match="version 0"):
         load(path)
-    save_file({"a": torch.zeros(2)}, path, {"ranker": json.dumps({"format": "1", "size": dataclasses.asdict(Size())})})
+    save_file({"a": torch.zeros(2)}, path, {"ranker": json.dumps({"format": FORMAT, "size": dataclasses.asdict(Size())})})
     with pytest.raises(LacerError, match="does not fit"):
         load(path)
 
