@@ -237,7 +237,8 @@ def test_weights_are_checked(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2)}, path, {"ranker": json.dumps({"format": "0"})})
     with pytest.raises(LacerError, match="version 0"):
         load(path)
-    save_file({"a": torch.zeros(2)}, path, {"ranker": json.dumps({"format": FORMAT, "size": dataclasses.asdict(Size())})})
+    about = {"format": FORMAT, "size": dataclasses.asdict(Size())}
+    save_file({"a": torch.zeros(2)}, path, {"ranker": json.dumps(about)})
     with pytest.raises(LacerError, match="does not fit"):
         load(path)
 
