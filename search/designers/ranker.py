@@ -39,11 +39,13 @@ Acquisition = Literal["improvement", "top", "quantile", "thompson"]
 
 @register_designer
 class RankerDesigner(Designer):
-    """in-context network: a small Transformer, trained on synthetic searches, predicts every candidate from the history
+    """in-context network: trained on synthetic searches, it predicts every candidate from the history
 
     The idea of LM-Searcher (2509.05657), to name the best of many candidates given the history, with a small network in
     place of a language model: a prior-data fitted network (Müller et al. 2022, 2112.10510; for Bayesian optimisation
-    2023, 2305.17535). It knows decisions and options by what the history tells about them alone, reads probes, learning
+    2023, 2305.17535). The network reads the kernel of a Gaussian process off the history, which is then fitted to it
+    (as pre-trained Gaussian processes are: Wang et al. 2021, 2109.08215), and a Transformer gives the predictions their
+    form. It knows decisions and options by what the history tells about them alone, reads probes, learning
     curves and costs of the evaluated encoders where there are some, and predicts a distribution of the score for each
     candidate. Of a pool (the whole space where it has at most 20,000 encoders; else random ones,
     neighbours and crossovers of the best) the most promising is proposed. The weights come with the package, see
