@@ -281,7 +281,9 @@ def measurements(trials: Sequence[Trial], z: Array) -> Array:
     columns: dict[str, Array] = {}
     for i, t in enumerate(trials):
         for name, value in _measured(t).items():
-            columns.setdefault(name, np.full(len(trials), np.nan))[i] = value
+            if name not in columns:
+                columns[name] = np.full(len(trials), np.nan)
+            columns[name][i] = value
     out: list[tuple[float, Array]] = []
     for name in sorted(columns):
         v = columns[name]
