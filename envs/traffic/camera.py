@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain, repeat
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,9 +15,8 @@ if TYPE_CHECKING:
 SIZE = 64
 BODY = 150
 """Brightness of a vehicle in the occupancy channel; a broken-down one flashes its hazard lights at 255."""
-_PIXELS = [[bytes((BODY, level, 200 * cav)) for level in range(256)] for cav in (False, True)]
+_PIXELS = [[bytes((body, level, 200 * cav)) for level in range(256)] for body in (BODY, 255) for cav in (0, 1)]
 _ROW = 3 * SIZE
-_MOST = np.array([[SIZE - 1], [SIZE - 1], [255], [np.inf]])
 
 
 class Camera:
@@ -38,12 +38,14 @@ class Camera:
         lane_of = high % self._strip // self._rows
         self._row_of = np.where((high < strips * self._strip) & (lane_of <= self._lanes),
                                 high // self._strip * (self._lanes + 1) + lane_of, self._lane_rows - 1)
-        # By lane: metres before the picture, pixels a metre, where its row begins in memory.
-        beside = [road.stretches[max(place.edge, 1)] for place in road.places]  # the ramp is beside s1
-        shifts = [s.length - road.ramp_length if p.edge < 0 else 0.0 for s, p in zip(beside, road.places, strict=True)]
-        rows = [self._row(max(p.edge, 1), p.lane) * _ROW for p in road.places]
-        self._table = np.array([shifts, [SIZE / s.length for s in beside], rows])
-        self._hidden = sum(place.edge == 0 for place in road.places)
+        # By lane shown: metres before the picture, pixels a metre, where its row begins in memory.
+        self._shown: list[tuple[float, float, int]] = []
+        for place in road.places:
+            if place.edge != 0:
+                beside = road.stretches[max(place.edge, 1)]  # the ramp is beside s1
+                shift = beside.length - road.ramp_length if place.edge < 0 else 0.0
+                self._shown.append((shift, SIZE / beside.length, self._row(max(place.edge, 1), place.lane) * _ROW))
+        self._hidden = len(road.places) - len(self._shown)
 
     def _row(self, stretch: int, lane: int) -> int:
         """Row of a lane among all lanes shown."""
@@ -56,22 +58,20 @@ class Camera:
         if lit:
             start = self._row(*lit) * _ROW
             lanes[start:start + _ROW:3] = b"\xff" * SIZE
+        kinds = [*s.cavs]
+        if s.stopped is not None:
+            kinds[s.stopped] += 2
         entry = sum(s.counts[:self._hidden])
-        shift, scale, start = self._table.take(s.place[entry:], 1)
-        spans = np.empty((4, len(scale)))  # rear and front pixel, brightness, row
-        front = np.multiply(s.position[entry:] + shift, scale, out=spans[1])
-        np.subtract(front, 5.0 * scale, out=spans[0])
-        if s.stopped is not None and s.stopped >= entry:
-            i = s.stopped - entry
-            spans[0, i] = front[i] - 9.0 * scale[i]
-        np.add(215 * s.speed[entry:] / MAIN_LIMIT, 40, out=spans[2])
-        spans[3] = start
-        for i, (a, b, level, first, cav) in enumerate(zip(
-                *np.minimum(spans, _MOST).astype(int).tolist(), s.cavs[entry:], strict=True), entry):
-            if b >= 0:  # others are on the ramp, before the picture
-                a = a if a > 0 else 0
-                pixel = bytes((255, level, 200 * cav)) if i == s.stopped else _PIXELS[cav][level]
-                lanes[first + 3 * a:first + 3 * b + 3] = pixel * (b - a + 1)
+        beside = chain.from_iterable(map(repeat, self._shown, s.counts[self._hidden:]))
+        for position, speed, kind, (shift, scale, row) in zip(
+                s.positions[entry:], s.speeds[entry:], kinds[entry:], beside, strict=True):
+            front = (position + shift) * scale
+            if front > -1:  # others are on the ramp, before the picture
+                rear = front - (5.0 if kind < 2 else 9.0) * scale
+                a = int(rear) if rear > 0 else 0
+                b = int(front) if front < SIZE else SIZE - 1
+                level = int(215 * speed / MAIN_LIMIT + 40)
+                lanes[row + 3 * a:row + 3 * b + 3] = _PIXELS[kind][level if level < 255 else 255] * (b - a + 1)
         return np.frombuffer(lanes, np.uint8).reshape(-1, SIZE, 3).take(self._row_of, 0)
 
     def where(self, stretch: int, lane: int, position: float) -> tuple[int, int]:

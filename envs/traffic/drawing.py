@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +20,7 @@ _LANE, _MARGIN, _PER_ROW = 16, 40, 500.0
 
 def draw(
     road: Motorway, seen: Snapshot, instruction: str | None, state: Mapping[str, float], total: Tally,
-    action: Mapping[str, np.ndarray], elapsed: float,
+    action: Mapping[str, Sequence[float]], elapsed: float,
 ) -> np.ndarray:
     """Picture (height, 1200, 3) uint8. The road is cut into rows of equal length, read like text; ``action`` holds
     the parts by name.
@@ -65,9 +65,9 @@ def draw(
     merge = road.starts[2]
     tile(max(0.0, merge - road.ramp_length), merge, -1, (222, 215, 200))
     for i in range(len(seen.ids)):
-        x, y = place(max(float(seen.x[i]), 0.5), float(seen.lane[i]))
+        x, y = place(max(seen.xs[i], 0.5), float(seen.lane[i]))
         back = max(x - (9 if seen.broken[i] else 5) * scale, _MARGIN)
-        u = float(np.clip(seen.speed[i] / MAIN_LIMIT, 0, 1))
+        u = float(np.clip(seen.speeds[i] / MAIN_LIMIT, 0, 1))
         colour = (210, 40, 160) if seen.broken[i] else (int(225 - 185 * u), int(45 + 120 * u), 45)
         pen.rectangle((back, y + 3, x, y + _LANE - 5), fill=colour, outline=(110, 20, 90) if seen.broken[i] else None)
         if seen.cav[i]:

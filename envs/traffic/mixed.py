@@ -295,7 +295,7 @@ class MixedTrafficEnv(gym.Env):
         n_act = self.action_space.shape[0]  # type: ignore[index]
         width = self._detectors.summary + len(self._counted) * road.lanes + n_act
         self._history = np.zeros((self.history_length, width), np.float32)
-        self._action = np.zeros(n_act, np.float32)
+        self._action = [0.0] * n_act
         remembered = min(self.history_length, int(self.warm_up / self.control_interval)) - 1 if self._counted else 0
         self._sim.run(self.warm_up - remembered * self.control_interval)
         for _ in range(remembered):
@@ -313,12 +313,12 @@ class MixedTrafficEnv(gym.Env):
         values = a.ravel().tolist()
         if a.shape != self.action_space.shape or not all(abs(x) <= 1 + 1e-6 for x in values):  # NaN is not either
             raise LacerError(f"action must be {self.action_space.shape} finite numbers from -1 to 1, not {action!r}")
-        values = [min(max(x, -1.0), 1.0) for x in values]
+        values = [-1.0 if x < -1 else 1.0 if x > 1 else x for x in values]
         order = self._order_in_force()
         tally = self._sim.run(self.control_interval, self.command(values))
         self._total.add(tally)
         self._elapsed += self.control_interval
-        self._action = np.array(values, np.float32)
+        self._action = values
         obs = self._observe()
         exposure = self._exposure()
         limit, ramp = self._disobedience(order, values)
@@ -411,8 +411,10 @@ class MixedTrafficEnv(gym.Env):
         first, last = self._p["clear_segments"][0], incident.stretch
         for place, n in zip(self.road.places, s.counts, strict=True):
             if first <= place.edge <= last and place.lane >= 0:
-                end = incident.position if place.edge == last else np.inf
-                here = sum([x < end and j != s.stopped for j, x in enumerate(s.positions[i:i + n], i)])
+                here = n if place.edge < last else sum([x < incident.position for x in s.positions[i:i + n]])
+                if s.stopped is not None and i <= s.stopped < i + n and (
+                        place.edge < last or s.positions[s.stopped] < incident.position):
+                    here -= 1
                 near += here
                 if place.lane == incident.lane:
                     on_lane += here
@@ -422,10 +424,12 @@ class MixedTrafficEnv(gym.Env):
     def _disobedience(self, order: str | None, a: list[float]) -> tuple[float, float]:
         """(share of CAVs over an instructed limit, opposition to a ramp order), each 0 to 1."""
         if order == "speed_limit":
-            o, s = self._episode.order, self._seen
-            there = (s.edge == o.segment + 1) & s.cav & ~s.broken
-            over = there & (s.speed > o.speed + 1.0)
-            return float(over.sum() / max(there.sum(), 1)), 0.0
+            o, s, there, end = self._episode.order, self._seen, [], 0
+            for place, n in zip(self.road.places, s.counts, strict=True):
+                begin, end = end, end + n
+                if place.edge == o.segment + 1:
+                    there += [s.speeds[i] for i in range(begin, end) if s.cavs[i] and i != s.stopped]
+            return sum([v > o.speed + 1.0 for v in there]) / max(len(there), 1), 0.0
         if order == "ramp_priority":
             return 0.0, self._hold(a)
         if order == "ramp_hold":
@@ -459,16 +463,13 @@ class MixedTrafficEnv(gym.Env):
     def _read_detectors(self) -> np.ndarray:
         """Append to the history; what ``traffic`` shows."""
         assert self._sim is not None
-        news = self._episode.news
-        traffic, past = self._detectors.read(
-            self._sim.seen, self.np_random, "traffic" in news or "traffic" not in self._carriers)
-        history, n = self._history, len(past)
+        news, history, n = self._episode.news, self._history, self._detectors.summary
         history[:-1] = history[1:]
-        history[-1, :n] = past
-        if self._counted:
-            counted = sensors.counters(self._sim.counts(), self.control_interval, "history" in news)
-            history[-1, n:n + len(counted)] = counted
-        history[-1, -len(self._action):] = self._action
+        last = history[-1]
+        traffic = self._detectors.read(
+            self._sim.seen, self.np_random, "traffic" in news or "traffic" not in self._carriers, last[:n])
+        counted = sensors.counters(self._sim.counts(), self.road.lanes, self.control_interval, "history" in news)
+        last[n:] = counted + self._action
         return traffic
 
     def _observe(self) -> dict[str, Any]:

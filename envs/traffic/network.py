@@ -13,8 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from lacer.envs.errors import LacerError
 
 MAIN_LIMIT = 27.78
@@ -96,14 +94,9 @@ class Motorway:
         return (*main, Place("ramp_0", -1, -1, self.starts[2] - self.ramp_length))
 
     @cached_property
-    def numbers(self) -> np.ndarray:
-        """0, 1, ... of :attr:`places`."""
-        return np.arange(len(self.places))
-
-    @cached_property
-    def place_starts(self) -> np.ndarray:
+    def place_starts(self) -> tuple[float, ...]:
         """Where each of :attr:`places` begins, metres from the start of the road."""
-        return np.array([place.start for place in self.places])
+        return tuple(place.start for place in self.places)
 
     @property
     def length(self) -> float:

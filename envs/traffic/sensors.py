@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import accumulate
 from operator import mul
 
@@ -28,10 +29,10 @@ class Detectors:
     """Readings of the road, scaled to about 1, with relative noise.
 
     Attributes:
-        size: length of :meth:`read`'s first array: density, mean speed, spread of speed and CAV share of each segment
+        size: length of :meth:`read`'s array: density, mean speed, spread of speed and CAV share of each segment
             and the exit; the same four of each lane of each segment; density and speed of the ramp; alarm, 1 where a
             vehicle has broken down, for each lane of the segments ``watched``. Where no vehicle is, see ``EMPTY``.
-        summary: length of the second: speed, density and flow of each segment and the exit.
+        summary: length of the row of the history that it fills: speed, density and flow of each segment and the exit.
     """
 
     def __init__(self, road: Motorway, noise: float, watched: tuple[int, ...] = ()) -> None:
@@ -41,15 +42,16 @@ class Detectors:
         self.size = 4 * (self._m + self._segments * self._lanes) + 2 + len(watched) * road.lanes
         self.summary = 3 * self._m
 
-    def read(self, s: Snapshot, rng: np.random.Generator, by_lane: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Readings now. With ``by_lane`` False every lane shows the values of its segment."""
+    def read(self, s: Snapshot, rng: np.random.Generator, by_lane: bool, past: np.ndarray) -> np.ndarray:
+        """Readings now; ``past`` (summary,) is filled. With ``by_lane`` False every lane shows the values of its
+        segment."""
         head: list[float] = []
         lanes: list[float] = []
         counts, speeds, cav = s.counts, s.speeds, s.cavs
         width = self._stretches[0].lanes + self._stretches[0].offset
         i, place = sum(counts[:width]), width  # vehicles and lanes before the one that is looked at
         for e, stretch in enumerate(self._stretches[1:], 1):
-            count, pace, square, cavs, space = 0, 0.0, 0.0, 0, stretch.length * JAM
+            count, total, square, cavs, space = 0, 0.0, 0.0, 0, stretch.length * JAM
             told: list[float] = []
             for k in range(-stretch.offset, stretch.lanes):
                 n = counts[place]
@@ -58,12 +60,12 @@ class Detectors:
                     part = speeds[i:i + n]
                     v, u, c = sum(part), sum(map(mul, part, part)), sum(cav[i:i + n])
                     i += n
-                    count, pace, square, cavs = count + n, pace + v, square + u, cavs + c
+                    count, total, square, cavs = count + n, total + v, square + u, cavs + c
                     if k >= 0:
                         told += _cell(n, v, u, c, space)
                 elif k >= 0:
                     told += EMPTY
-            segment = _cell(count, pace, square, cavs, space * stretch.lanes) if count else EMPTY
+            segment = _cell(count, total, square, cavs, space * stretch.lanes) if count else EMPTY
             head += segment
             if e <= self._segments:
                 lanes += told if by_lane else segment * stretch.lanes
@@ -72,10 +74,10 @@ class Detectors:
         out = np.array([*head, *lanes, *ramp, *self._alarm(s, by_lane)])
         out *= rng.normal(1.0, self._noise, self.size)
         now = np.minimum(np.maximum(out, 0, out=out), HIGHEST, out=out).astype(np.float32)
-        seen = now[:4 * self._m].reshape(-1, 4)
-        past = seen.take((1, 0, 0), 1)
-        past[:, 2] = np.minimum(seen[:, 0] * JAM * seen[:, 1] * MAIN_LIMIT / FLOW, HIGHEST)
-        return now, past.ravel()
+        density, pace = now[:4 * self._m:4], now[1:4 * self._m:4]
+        past[::3], past[1::3] = pace, density
+        np.minimum(density * JAM * pace * (MAIN_LIMIT / FLOW), HIGHEST, out=past[2::3])
+        return now
 
     def _alarm(self, s: Snapshot, by_lane: bool) -> list[float]:
         """1 for the lane of a broken-down vehicle, on each lane of the segments watched."""
@@ -94,15 +96,16 @@ class Detectors:
 def _cell(n: int, pace: float, square: float, cavs: int, space: float) -> tuple[float, float, float, float]:
     """Density, mean speed, spread and CAV share of ``n`` vehicles from the sums of their speeds and squared speeds."""
     mean = pace / n
-    return n / space, mean / MAIN_LIMIT, math.sqrt(max(square / n - mean * mean, 0.0)) / 10, cavs / n
+    variance = square / n - mean * mean
+    return n / space, mean / MAIN_LIMIT, math.sqrt(variance) / 10 if variance > 0 else 0.0, cavs / n
 
 
-def counters(counts: np.ndarray, seconds: float, by_lane: bool) -> np.ndarray:
-    """Flow by lane, scaled, flat, from counts (places, L) of an interval; the mean of the lanes where counters fail."""
-    flow = counts / (seconds * COUNTED)
+def counters(counts: Sequence[int], lanes: int, seconds: float, by_lane: bool) -> list[float]:
+    """Flow by lane, scaled, from counts of an interval, place by place; the mean of the lanes where counters fail."""
+    flows = [n / (seconds * COUNTED) for n in counts]
     if not by_lane:
-        flow = np.broadcast_to(flow.mean(1, keepdims=True), flow.shape)
-    return np.minimum(flow.ravel(), HIGHEST).astype(np.float32)
+        flows = [sum(flows[i:i + lanes]) / lanes for i in range(0, len(flows), lanes) for _ in range(lanes)]
+    return [min(flow, HIGHEST) for flow in flows]
 
 
 def vehicles(road: Motorway, s: Snapshot, length: int, lanes_known: bool, reports: bool | None) -> np.ndarray:
@@ -111,39 +114,37 @@ def vehicles(road: Motorway, s: Snapshot, length: int, lanes_known: bool, report
 
     ``reports`` not None adds L columns; True: a broken-down vehicle names its lane there, and is listed however far
     downstream it is."""
-    out = np.zeros((length, VEHICLE_COLUMNS + (0 if reports is None else road.lanes)), np.float32)
-    ids, speeds, cav, end = s.ids, s.speeds, s.cavs, road.merge_end
+    ids, xs, speeds, cavs, end = s.ids, s.xs, s.speeds, s.cavs, road.merge_end
     chosen: list[tuple[float, int, int, float]] = []  # distance, number, lane, gap
-    ahead = dict.fromkeys(range(-1, road.lanes + 1), math.inf)  # by lane, the next vehicle downstream
+    ahead = [math.inf] * (road.lanes + 2)  # by lane, the next vehicle downstream; -1 is the last
     places, ramp = list(zip(road.places, s.counts, strict=True)), len(ids) - s.counts[-1]
     first = ramp
     for place, n in [*places[-2::-1], places[-1]]:  # from the exit to the entry, then the ramp
         first = first - n if place.edge >= 0 else ramp
         if not n:
             continue
-        x = ahead[place.lane]
+        lane, last = place.lane, first + n - 1
         before = place.edge < 3  # the end of the merge
-        if before or (reports and s.stopped is not None and first <= s.stopped < first + n):
+        if before or (reports and s.stopped is not None and first <= s.stopped <= last):
+            x = ahead[lane]
             # Backwards; where vehicles change lanes SUMO's list is not sorted.
-            for position, i in sorted([(s.positions[i], i) for i in range(first, first + n)], reverse=True):
-                here = position + place.start
+            for i in sorted(range(last, first - 1, -1), key=xs.__getitem__, reverse=True):
                 if before or i == s.stopped:
-                    chosen.append((end - here, i, place.lane, x - here - 5.0))
-                x = here
-        ahead[place.lane] = min(s.positions[first:first + n]) + place.start
+                    chosen.append((end - xs[i], i, lane, x - xs[i] - 5.0))
+                x = xs[i]
+            ahead[lane] = x
+        else:
+            ahead[lane] = min(xs[first:last + 1])
     chosen.sort()
     del chosen[length:]
-    if not chosen:
-        return out
-    rows: list[tuple[float, ...]] = []
+    out = np.zeros((length, VEHICLE_COLUMNS + (0 if reports is None else road.lanes)), np.float32)
+    shown = [k / road.lanes if lanes_known else 0.0 for k in range(1, road.lanes + 2)] + [0.0]  # by lane, as ahead
+    silent = () if reports is None else (0.0,) * road.lanes
+    rows: list[float] = []
     for far, i, lane, gap in chosen:
-        rows.append((
-            1.0, min(max(far / 500, -2.0), 2.0), (lane + 1) / road.lanes if lanes_known else 0.0,
-            speeds[i] / MAIN_LIMIT, 1.0 if gap > 100 else gap / 100 if gap > 0 else 0.0,
-            float(cav[i]), float(ids[i][1] == "r")))
-    out[:len(rows), :VEHICLE_COLUMNS] = rows
-    if reports and s.stopped is not None:
-        for row, (_, i, lane, _) in enumerate(chosen):
-            if i == s.stopped:
-                out[row, VEHICLE_COLUMNS + lane] = 1
+        rows += (
+            1.0, far / 500 if -1000 < far < 1000 else math.copysign(2.0, far), shown[lane], speeds[i] / MAIN_LIMIT,
+            1.0 if gap > 100 else gap / 100 if gap > 0 else 0.0, cavs[i], ids[i][1] == "r")
+        rows += [float(k == lane) for k in range(road.lanes)] if reports and i == s.stopped else silent
+    out.ravel()[:len(rows)] = rows
     return out

@@ -6,6 +6,7 @@ import bisect
 import contextlib
 import itertools
 import math
+import operator
 import os
 import shutil
 import subprocess
@@ -66,8 +67,7 @@ class Snapshot:
         speeds: m/s.
         stopped: place of the incident's vehicle in the lists.
         cavs: connected and automated.
-        place: (n,) lane, as in ``road.places``.
-        position, speed, x: (n,) the lists as arrays, and the front bumper, m from the start of the road.
+        xs: front bumper, m from the start of the road.
     """
 
     road: Motorway
@@ -79,9 +79,17 @@ class Snapshot:
 
     def __post_init__(self) -> None:
         self.cavs = [v[0] == "c" for v in self.ids]
-        self.place = self.road.numbers.repeat(self.counts)
-        self.position, self.speed = np.array(self.positions + self.speeds, float).reshape(2, -1)
-        self.x = self.position + self.road.place_starts.take(self.place)
+        starts = itertools.chain.from_iterable(map(itertools.repeat, self.road.place_starts, self.counts))
+        self.xs = list(map(operator.add, self.positions, starts))
+
+    @property
+    def speed(self) -> np.ndarray:
+        return np.array(self.speeds, float)
+
+    @property
+    def place(self) -> np.ndarray:
+        """Lane, as in ``road.places``."""
+        return np.arange(len(self.counts)).repeat(self.counts)
 
     @property
     def edge(self) -> np.ndarray:
@@ -173,7 +181,7 @@ class Simulation:
         """The vehicles at the end of the last :meth:`run`."""
         self._driven = 0.0  # sum of their places, m
         counters = [f"s{i}_{k + road.stretches[i].offset}" for i in counted for k in range(road.lanes)]
-        self._counters, self._places = [f"count_{c}" for c in counters], len(counted)
+        self._counters = [f"count_{c}" for c in counters]
         command = [
             "--net-file", str(net), "--route-files", str(routes), "--seed", str(seed), "--step-length",
             str(step_length), "--time-to-teleport", "-1", "--collision.action", "warn", "--no-step-log", "true",
@@ -193,8 +201,9 @@ class Simulation:
         simulation = self.sumo.simulation
         self._calls = (self.sumo.simulationStep, simulation.getDepartedIDList, simulation.getArrivedIDList,
                        simulation.getCollidingVehiclesNumber)  # looked up once: they are called in every step
-        self._cars, self._lane_ids, self._fumes = (
-            self.sumo.vehicle, self.sumo.lane.getLastStepVehicleIDs, self.sumo.edge.getCO2Emission)
+        self._cars, self._lane_ids, self._fumes, self._passed = (
+            self.sumo.vehicle, self.sumo.lane.getLastStepVehicleIDs, self.sumo.edge.getCO2Emission,
+            self.sumo.inductionloop.getLastIntervalVehicleNumber)
 
     def _start(self, options: list[str]) -> Any:
         global _holder
@@ -239,9 +248,9 @@ class Simulation:
         if self.sumo is None:
             raise LacerError("the simulation is closed; call reset() first")
         step, departed, arrived, colliding = self._calls
-        length, departs = self.step_length, self._departs
+        length, departs, entered, due = self.step_length, self._departs, self._entered, self._entered
         every, steps = max(1, round(REAPPLY / length)), round(seconds / length)
-        metres, driving, waiting, left, travelled, collisions = -self._driven, 0.0, 0.0, 0, 0.0, 0
+        metres, driving, waiting, travelled, left, collisions = -self._driven, 0.0, 0.0, 0.0, self._left, 0
         try:
             for i in range(steps):
                 now = self.now
@@ -250,9 +259,9 @@ class Simulation:
                 if command is not None and i % every == 0:
                     self._apply(command)
                 step()
-                if departs[self._entered] <= now + 1e-3:  # else nobody was due to enter
+                if departs[entered] <= now + 1e-3:  # else nobody was due to enter
                     for v in departed():
-                        self._entered += 1
+                        entered += 1
                         if v[1] == "r":
                             metres -= self._ramp_x
                 self.now = now = now + length
@@ -261,25 +270,26 @@ class Simulation:
                     metres += len(gone) * self._road_length
                     for v in gone:
                         travelled += now - departs[int(v[2:])]
-                driving += (self._entered - self._left - left) * length
-                if departs[self._entered] <= now:
-                    waiting += self.backlog * length
+                while departs[due] <= now:
+                    due += 1
+                driving += (entered - left) * length
+                waiting += max(0, due - entered) * length
                 collisions += colliding()
+            self._entered = entered
             self.seen = self._read()
             hard = sum([a < HARD for a in map(self._cars.getAcceleration, self.seen.ids)])
             co2 = sum(map(self._fumes, self._edges)) * seconds / 1000
         except self._errors as e:
             self.close()
             raise LacerError(f"the SUMO simulation failed at {self.now:.1f} s: {e}; reset() starts a new one") from e
-        self._left += left
+        arrivals, self._left = left - self._left, left
         # Every vehicle drove from where it was, or entered, to where it is, or to the exit.
-        self._driven = float(np.add.reduce(self.seen.x))
-        return Tally(metres + self._driven, driving, waiting, left, travelled, hard, collisions, co2)
+        self._driven = float(np.add.reduce(self.seen.xs))
+        return Tally(metres + self._driven, driving, waiting, arrivals, travelled, hard, collisions, co2)
 
-    def counts(self) -> np.ndarray:
-        """Vehicles that passed each counter in the last whole interval, (places, L)."""
-        count = self.sumo.inductionloop.getLastIntervalVehicleNumber
-        return np.array([count(c) for c in self._counters], float).reshape(self._places, -1)
+    def counts(self) -> list[int]:
+        """Vehicles that passed each counter in the last whole interval, place by place from the right lane."""
+        return list(map(self._passed, self._counters))
 
     @property
     def backlog(self) -> int:

@@ -110,7 +110,7 @@ def test_zero_action_is_no_control(env: MixedTrafficEnv) -> None:
         env._sim.run(env.control_interval, None)
     free = env._sim.seen
     assert acted.ids == free.ids
-    assert np.array_equal(acted.x, free.x)
+    assert acted.xs == free.xs
     assert np.array_equal(acted.speed, free.speed)
 
 

@@ -14,7 +14,7 @@ from lacer.envs import LacerError, task_card
 from lacer.search.bench import play
 from lacer.search.cli import main
 from lacer.search.composite_bench import encoders_of, make_table
-from lacer.search.config import TableConfig, resumed
+from lacer.search.config import SearchConfig, TableConfig, resumed
 from lacer.search.designers.base import make_plain
 from lacer.search.space import EncoderSpace
 from lacer.search.tables import METADATA, arrow, read_table
@@ -37,6 +37,8 @@ def test_makes_resumes_and_searches_a_table(tmp_path: Path) -> None:
     with pytest.raises(LacerError, match="exists already"):
         make_table(TableConfig(**SMALL, seeds=1), folder, quiet=True)
     make_table(resumed(TableConfig, folder, {"seeds": 2}), folder, resume=True, quiet=True)
+    with pytest.raises(LacerError, match=r"do not belong here \(encoders, seeds\).*bench make --resume"):
+        resumed(SearchConfig, folder, {})
     frame = pd.read_parquet(path)
     pd.testing.assert_frame_equal(frame.iloc[:6], first)
     assert list(frame.groupby("ncode").seed.nunique()) == [2] * 6
