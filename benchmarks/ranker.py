@@ -3,14 +3,15 @@
     python benchmarks/ranker.py --seeds 100 --budget 48
     python benchmarks/ranker.py --tables composite --labels ranker,no-channels,shuffled,random,evolution,bo --budget 100
     python benchmarks/ranker.py --parts calibration,speed
-    python benchmarks/ranker.py --parts synthetic --labels bo,ranker,improvement,quantile --seeds 60
+    python benchmarks/ranker.py --parts synthetic --labels bo,ranker,top,plain --seeds 60
 
 Runs are kept in FOLDER/runs.jsonl and are not repeated. Labels: `ranker`; `no-channels`, without probes, learning
 curves and costs; `shuffled`, which sees the scores of its history in a random order; `generated`, which writes an
-encoder decision by decision in place of choosing from a pool; `improvement`, `quantile`, `thompson`, other ways to
-choose among the predicted; NAME=FILE, other weights; and names of other designers. The last line is JSON: by table and
-label the mean of the best so far with its 95 % bootstrap interval, and over the tables the mean of the normalised one
-(0: mean of the table, 1: its best); the share of scores within the predicted 80 % interval; milliseconds per proposal.
+encoder decision by decision in place of choosing from a pool; `plain`, its Gaussian process alone; `top`,
+`quantile`, `thompson`, other ways to choose among the predicted; NAME=FILE, other weights; and names of other
+designers. The last line is JSON: by table and label the mean of the best so far with its 95 % bootstrap interval, and
+over the tables the mean of the normalised one (0: mean of the table, 1: its best); the share of scores within the
+predicted 80 % interval; milliseconds per proposal.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,15 @@ class Generated(RankerDesigner):
                 out.append(Proposal(point if new else fresh_sample(study, out, rng), self.name))
 
 
+class Plain(RankerDesigner):
+    """The ranker without its Transformer: expected improvement by its Gaussian process alone."""
+
+    def _predict(self, reading: Any, codes: Any) -> Any:
+        p = super()._predict(reading, codes)
+        return replace(p, weight=torch.ones_like(p.plain_mean)[..., None], mean=p.plain_mean[..., None],
+                       deviation=p.plain_deviation[..., None])
+
+
 def table(name: str) -> Table:
     """One of the tables by its short name."""
     if name in MICRO:
@@ -94,11 +105,13 @@ def designer(label: str, seed: int) -> Designer:
         return RankerDesigner(seed)
     if label == "no-channels":
         return RankerDesigner(seed, channels=False)
+    if label == "plain":
+        return Plain(seed)
     if label == "shuffled":
         return Shuffled(seed)
     if label == "generated":
         return Generated(seed)
-    if label in ("improvement", "quantile", "thompson"):
+    if label in ("top", "quantile", "thompson"):
         return RankerDesigner(seed, acquisition=label)  # type: ignore[arg-type]
     if "=" in label:
         return RankerDesigner(seed, weights=label.split("=", 1)[1])

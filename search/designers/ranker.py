@@ -28,8 +28,7 @@ HISTORY = 128
 POOL = 512
 """Candidates in spaces that are too large to be looked at as a whole."""
 FINALS = 192
-"""Of the candidates of a small space, so many are scored by the whole network: those that its Gaussian process puts
-first."""
+"""Of the candidates so many are scored by the whole network: those that its Gaussian process puts first."""
 CHANNELS = 8
 """Measurements beside the score that it reads, at most."""
 OWN = 12
@@ -40,11 +39,13 @@ Acquisition = Literal["improvement", "top", "quantile", "thompson"]
 
 @register_designer
 class RankerDesigner(Designer):
-    """in-context network: a small Transformer, trained on synthetic searches, predicts every candidate from the history
+    """in-context network: trained on synthetic searches, it predicts every candidate from the history
 
     The idea of LM-Searcher (2509.05657), to name the best of many candidates given the history, with a small network in
     place of a language model: a prior-data fitted network (Müller et al. 2022, 2112.10510; for Bayesian optimisation
-    2023, 2305.17535). It knows decisions and options by what the history tells about them alone, reads probes, learning
+    2023, 2305.17535). The network reads the kernel of a Gaussian process off the history, which is then fitted to it
+    (as pre-trained Gaussian processes are: Wang et al. 2021, 2109.08215), and a Transformer gives the predictions their
+    form. It knows decisions and options by what the history tells about them alone, reads probes, learning
     curves and costs of the evaluated encoders where there are some, and predicts a distribution of the score for each
     candidate. Of a pool (the whole space where it has at most 20,000 encoders; else random ones,
     neighbours and crossovers of the best) the most promising is proposed. The weights come with the package, see
@@ -54,8 +55,8 @@ class RankerDesigner(Designer):
     Args:
         seed: seed of start, pool and ties.
         start: random encoders at first, the first candidate included.
-        acquisition: what the most promising candidate has most of: the odds of being the ``top`` of the pool, expected
-            ``improvement`` on the best one, the upper ``quantile`` (0.9) of its score, or a score drawn at random
+        acquisition: what the most promising candidate has most of: expected ``improvement`` on the best one, the odds
+            of being the ``top`` of the pool, the upper ``quantile`` (0.9) of its score, or a score drawn at random
             (``thompson``).
         channels: whether to read probes, learning curves and costs of the evaluated encoders.
         weights: a file of weights in place of the shipped ones, as ``lacer ranker train`` writes it.
@@ -67,7 +68,7 @@ class RankerDesigner(Designer):
     name: ClassVar[str] = "ranker"
     paper: ClassVar[str] = "after LM-Searcher, 2509.05657; PFNs, Müller et al. 2022, 2112.10510"
 
-    def __init__(self, seed: int = 0, start: int = 4, acquisition: Acquisition = "top", channels: bool = True,
+    def __init__(self, seed: int = 0, start: int = 4, acquisition: Acquisition = "improvement", channels: bool = True,
                  weights: str | None = None) -> None:
         super().__init__(seed)
         if start < 1:
@@ -214,7 +215,7 @@ class RankerDesigner(Designer):
         """Positions of those that the Gaussian process finds most promising."""
         import torch
 
-        if len(pool) <= POOL:
+        if len(pool) <= FINALS:
             return np.arange(len(pool))
         bound = []
         for part in torch.as_tensor(pool[:, self._free]).split(4096):
@@ -280,7 +281,9 @@ def measurements(trials: Sequence[Trial], z: Array) -> Array:
     columns: dict[str, Array] = {}
     for i, t in enumerate(trials):
         for name, value in _measured(t).items():
-            columns.setdefault(name, np.full(len(trials), np.nan))[i] = value
+            if name not in columns:
+                columns[name] = np.full(len(trials), np.nan)
+            columns[name][i] = value
     out: list[tuple[float, Array]] = []
     for name in sorted(columns):
         v = columns[name]

@@ -19,6 +19,10 @@ from lacer.search.ranker.histories import Batch
 
 NONE = -3.0
 """Stands for the best score among no encoders."""
+ROUNDS = 2
+"""Of fitting the kernel to the history."""
+TRUST = 0.7
+"""Standard deviation of a kernel's parameters, as logarithms, about what the network reads off the history."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,44 @@ def _inverse(covariance: Tensor, amplitude: Tensor) -> Tensor:
         more = (failed > 0) * 0.01 * amplitude
         factor = torch.linalg.cholesky(covariance + more[:, None, None] * torch.eye(covariance.shape[1]))
     return torch.cholesky_inverse(factor)
+
+
+def fit(log: Tensor, codes: Tensor, line: Tensor, counts: Tensor, z: Tensor) -> Tensor:
+    """(B, 5 + D): logarithms of a kernel's parameters, fitted to a history: those with the highest posterior density
+    where the network's are the centre of the prior, by Fisher scoring (a Gaussian process whose prior is learned from
+    other tasks, as HyperBO has it: Wang et al. 2021, 2109.08215). Differentiable in ``log``, as a posterior mode is.
+
+    Args:
+        log: amplitudes (product, sum, histogram), noise, scale of the histogram, rate of each decision.
+        codes: (B, n, D).
+        line: (B, D).
+        counts: (B, n, H).
+        z: (B, n) scores.
+    """
+    with torch.no_grad():
+        differ = (codes[:, :, None] != codes[:, None]).permute(0, 3, 1, 2).to(log.dtype)  # B D n n
+        alike = torch.einsum("bd,bdij->bij", line, 1 - differ)
+        far = torch.cdist(counts, counts).square()
+        eye, inner = (torch.eye(k, dtype=log.dtype) for k in (codes.shape[1], log.shape[1]))
+        centre = at = log.detach()
+        share = inner
+        for _ in range(ROUNDS):
+            p = at.exp()[..., None, None]
+            near = p[:, 0] * torch.exp(-(p[:, 5:] * differ).sum(1))
+            sums, bags = p[:, 1] * alike, p[:, 2] * torch.exp(-p[:, 4] * far)
+            inverse = _inverse(near + sums + bags + (p[:, 3] + 5e-3) * eye, at[:, :3].exp().sum(1))
+            alpha = (inverse @ z[..., None])[..., 0]
+            slopes = torch.cat([torch.stack([near, sums, bags, p[:, 3] * eye, -p[:, 4] * far * bags], 1),
+                                -p[:, 5:] * differ * near[:, None]], 1)  # B P n n: of the covariance
+            turned = inverse[:, None] @ slopes
+            gradient = 0.5 * (torch.einsum("bi,bpij,bj->bp", alpha, slopes, alpha)
+                              - turned.diagonal(dim1=2, dim2=3).sum(2))
+            fisher = 0.5 * turned.flatten(2) @ turned.transpose(2, 3).flatten(2).transpose(1, 2)
+            within = torch.linalg.inv(fisher + inner / TRUST ** 2)
+            step = (within @ (gradient - (at - centre) / TRUST ** 2)[..., None])[..., 0]
+            at = (at + step.clamp(-1, 1)).clamp(-9, 5)
+            share = within / TRUST ** 2
+    return at + (share @ (log - log.detach())[..., None])[..., 0]
 
 
 def _perceptron(*widths: int) -> nn.Sequential:
@@ -249,14 +291,18 @@ class Ranker(nn.Module):
 
         # The Gaussian process.
         weight = self.weights(e)
-        kernel = (self.kernel(world).clamp(-5, 5) + torch.tensor([-0.6, -0.9, -0.9, -2.5, 1.4])).exp()
+        counts, line = histogram.reshape(b, n, -1), torch.softmax(weight[..., 1], 1)
+        log = torch.cat([self.kernel(world).clamp(-5, 5) + torch.tensor([-0.6, -0.9, -0.9, -2.5, 1.4]),
+                         weight[..., 0].clamp(-6, 4) + math.log(1.5 / math.sqrt(d))], 1)
+        log = fit(log, batch.codes, line.detach(), counts, z)
+        kernel = log[:, :5].exp()
         r = Reading(
             batch=batch, number=number, total=total, first=first, second=second, spread=spread, shared=shared,
             slope=slope_of, between=between, varies=varies, decisions=e, world=world, log_n=log_n,
-            rate=torch.exp(weight[..., 0].clamp(-6, 4)) * 1.5 / math.sqrt(d), line=torch.softmax(weight[..., 1], 1),
+            rate=log[:, 5:].exp(), line=line,
             pool=torch.softmax(weight[..., 2], 1), amplitude=kernel[:, :3], scale=kernel[:, 4],
             gates=self.gates(e) * (2 / math.sqrt(d)), flat=hot.reshape(b, n, d * o),
-            counts=histogram.reshape(b, n, -1), channels=self._option_channels(batch, hot))
+            counts=counts, channels=self._option_channels(batch, hot))
         covariance, far = r.covariance(r.flat, r.counts)
         among = covariance + (kernel[:, 3] + 5e-3)[:, None, None] * torch.eye(n)
         r.inverse = _inverse(among, r.amplitude.sum(1))

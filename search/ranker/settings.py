@@ -25,7 +25,7 @@ class Training:
         prune: whether a quarter of the spaces are pruned.
     """
 
-    steps: int = 3500
+    steps: int = 6000
     seed: int = 0
     tokens: int = 1024
     queries: int = 72

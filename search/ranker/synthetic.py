@@ -390,6 +390,8 @@ def make_task(rng: Rng, shape: Shape, channels: int = 0, families: tuple[str, ..
 
     number = int(rng.choice([1, 2, 3], p=[0.55, 0.3, 0.15]))
     parts = [draw() for _ in range(number)]
+    if "counts" in families and (shape.group == 0).all() and rng.random() < 0.4:
+        parts.append(_standard(counts(rng, shape), probe))
     subsets: list[Function] = []
     if channels and d >= 4 and rng.random() < 0.6:  # parts that depend on some decisions only, and can be probed
         for _ in range(int(rng.integers(1, 4))):

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from lacer.envs import LacerError
 from lacer.search.ranker.model import Ranker, Size
 
-FORMAT = "1"
+FORMAT = "2"
 """Version of the network that weights belong to; another one computes something else with the same names."""
 KEY = "ranker"
 """Entry of the file's metadata that tells version, size and training."""

@@ -6,10 +6,14 @@ import dataclasses
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize
+from scipy.stats import multivariate_normal
+from torch.nn import functional
 
 from lacer.agents import Evaluation
 from lacer.agents.evaluation import Cost
@@ -17,13 +21,15 @@ from lacer.envs import LacerError
 from lacer.search import cli
 from lacer.search.bench import play
 from lacer.search.designers.base import make_plain
+from lacer.search.designers.bo import normal_scores
 from lacer.search.designers.ranker import HISTORY, RankerDesigner, digest, measurements
+from lacer.search.ranker import model as network
 from lacer.search.ranker.histories import Batch, Scale, draw_episodes, draw_queries, simulate, to_batch
-from lacer.search.ranker.model import Ranker, Size
+from lacer.search.ranker.model import TRUST, Ranker, Size
 from lacer.search.ranker.settings import Training
 from lacer.search.ranker.synthetic import FAMILIES, Task, make_shape, make_task
 from lacer.search.ranker.train import judge, train
-from lacer.search.ranker.weights import SHIPPED, load, parameters, save, shipped
+from lacer.search.ranker.weights import FORMAT, SHIPPED, load, parameters, save, shipped
 from lacer.search.space import Decision, SearchSpace
 from lacer.search.study import Proposal, Study
 from lacer.search.tables import read_table
@@ -45,6 +51,32 @@ def shaken() -> Ranker:
     for p in model.parameters():
         p.add_(0.05 * torch.randn_like(p))
     return model
+
+
+def test_the_kernel_is_fitted_to_the_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    n, d = 40, 3
+    codes = torch.as_tensor(rng.integers(0, 3, size=(1, n, d)))
+    counts = functional.one_hot(codes, 3).double().mean(2)
+    line = torch.full((1, d), 1 / d, dtype=torch.float64)
+    z = torch.as_tensor(normal_scores((codes[0, :, 0] == 1).numpy() + 0.3 * rng.normal(size=n)))[None]
+    centre = torch.log(torch.tensor([[0.5, 0.4, 0.4, 0.1, 4.0, *[0.9] * d]], dtype=torch.float64))
+    same = (codes[0, :, None] == codes[0, None]).numpy()
+    far = ((counts[0, :, None] - counts[0, None]) ** 2).sum(2).numpy()
+
+    def posterior(log: Any) -> float:
+        a, b, c, noise, scale = np.exp(log[:5])
+        covariance = a * np.exp(-((~same) * np.exp(log[5:])).sum(2)) + b * same.mean(2) + c * np.exp(-scale * far)
+        density = multivariate_normal(np.zeros(n), covariance + (noise + 5e-3) * np.eye(n)).logpdf(z[0].numpy())
+        return float(density - 0.5 * (((log - centre[0].numpy()) / TRUST) ** 2).sum())
+
+    best = minimize(lambda log: -posterior(log), centre[0].numpy()).x
+    found = network.fit(centre, codes, line, counts, z)[0].numpy()
+    monkeypatch.setattr(network, "ROUNDS", 30)
+    np.testing.assert_allclose(network.fit(centre, codes, line, counts, z)[0].numpy(), best, atol=2e-3)
+    gained = posterior(found) - posterior(centre[0].numpy())
+    assert gained > 0.8 * (posterior(best) - posterior(centre[0].numpy())) > 0.5, "two rounds go most of the way"
+    assert best[5] > best[6:].max(), "the decision that counts"
 
 
 @pytest.mark.parametrize("channels", [0, 3])
@@ -205,7 +237,8 @@ def test_weights_are_checked(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2)}, path, {"ranker": json.dumps({"format": "0"})})
     with pytest.raises(LacerError, match="version 0"):
         load(path)
-    save_file({"a": torch.zeros(2)}, path, {"ranker": json.dumps({"format": "1", "size": dataclasses.asdict(Size())})})
+    about = {"format": FORMAT, "size": dataclasses.asdict(Size())}
+    save_file({"a": torch.zeros(2)}, path, {"ranker": json.dumps(about)})
     with pytest.raises(LacerError, match="does not fit"):
         load(path)
 
