@@ -70,7 +70,7 @@ class SearchConfig(LLMFields):
     env_kwargs: dict[str, Any] = Field({}, description="constructor arguments of the environment")
     eval_env_kwargs: dict[str, Any] = Field({}, description="arguments that differ in evaluation, e.g. other wordings")
     designer: str = Field("auto", description="who proposes encoders; see `lacer designers`. auto: lacer if an LLM is "
-                                              "given, else bo")
+                                              "given, else ranker")
     designer_kwargs: dict[str, Any] = Field({}, description="options of the designer, e.g. {'population': 12} for "
                                                             "evolution or {'bilevel': true} for darts")
     designer_steps: int | None = Field(None, ge=1, description="environment steps that a designer may train by itself "

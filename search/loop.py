@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lacer")
 
-WITHOUT_LLM = "bo"
+WITHOUT_LLM = "ranker"
 """The designer that ``auto`` takes where there is no LLM; docs/benchmarks.md says on which tables it was ahead."""
 
 FINAL_SEEDS = 500_000
