@@ -8,10 +8,10 @@
 Runs are kept in FOLDER/runs.jsonl and are not repeated. Labels: `ranker`; `no-channels`, without probes, learning
 curves and costs; `shuffled`, which sees the scores of its history in a random order; `generated`, which writes an
 encoder decision by decision in place of choosing from a pool; `plain`, its Gaussian process alone; `top`,
-`quantile`, `thompson`, other ways to choose among the predicted; NAME=FILE, other weights; and names of other
-designers. The last line is JSON: by table and label the mean of the best so far with its 95 % bootstrap interval, and
-over the tables the mean of the normalised one (0: mean of the table, 1: its best); the share of scores within the
-predicted 80 % interval; milliseconds per proposal.
+`quantile`, `thompson`, other ways to choose among the predicted; `bo-4`, which begins with four random encoders as the
+ranker does, not six; NAME=FILE, other weights; and names of other designers. The last line is JSON: by table and label
+the mean of the best so far with its 95 % bootstrap interval, and over the tables the mean of the normalised one (0: mean
+of the table, 1: its best); the share of scores within the predicted 80 % interval; milliseconds per proposal.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from lacer.agents.stats import bootstrap
 from lacer.envs import LacerError
 from lacer.search.bench import play
 from lacer.search.designers.base import Designer, fresh_sample, make_plain
+from lacer.search.designers.bo import BO
 from lacer.search.designers.ranker import RankerDesigner
 from lacer.search.ranker.histories import Scale, draw_shapes
 from lacer.search.ranker.synthetic import Task, make_task
@@ -113,6 +114,8 @@ def designer(label: str, seed: int) -> Designer:
         return Generated(seed)
     if label in ("top", "quantile", "thompson"):
         return RankerDesigner(seed, acquisition=label)  # type: ignore[arg-type]
+    if label == "bo-4":
+        return BO(seed, start=4)
     if "=" in label:
         return RankerDesigner(seed, weights=label.split("=", 1)[1])
     return make_plain(label, seed)
