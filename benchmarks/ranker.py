@@ -10,8 +10,8 @@ curves and costs; `shuffled`, which sees the scores of its history in a random o
 encoder decision by decision in place of choosing from a pool; `plain`, its Gaussian process alone; `top`,
 `quantile`, `thompson`, other ways to choose among the predicted; `bo-4`, which begins with four random encoders as the
 ranker does, not six; NAME=FILE, other weights; and names of other designers. The last line is JSON: by table and label
-the mean of the best so far with its 95 % bootstrap interval, and over the tables the mean of the normalised one (0: mean
-of the table, 1: its best); the share of scores within the predicted 80 % interval; milliseconds per proposal.
+the mean of the best so far with its 95 % bootstrap interval, and over the tables the mean of the normalised one (0:
+mean of the table, 1: its best); the share of scores within the predicted 80 % interval; milliseconds per proposal.
 """
 
 from __future__ import annotations

@@ -214,15 +214,16 @@ def resumed(model: type[Config], folder: Path, changes: dict[str, Any]) -> Confi
     """Configuration of a run folder with some fields changed.
 
     Raises:
-        LacerError: no run there, a damaged one or one of another kind, or a change that would make the trials incomparable.
+        LacerError: no run there, a damaged one or one of another kind, or a change that would make the trials
+            incomparable.
     """
     if not (folder / "config.yaml").is_file():
         raise LacerError(f"{folder} is no run: it has no {'config.yaml' if folder.is_dir() else 'such folder'}")
     old = read_config(folder / "config.yaml")
     if unknown := sorted(set(old) - set(model.model_fields)):
-        raise LacerError(f"{folder} has settings that do not belong here ({', '.join(unknown)}): it is a run of another "
-                         "kind (a search is gone on with by `lacer search --resume`, a table by `lacer bench make "
-                         "--resume`), or of another version of lacer")
+        raise LacerError(f"{folder} has settings that do not belong here ({', '.join(unknown)}): it is a run of "
+                         "another kind (a search is gone on with by `lacer search --resume`, a table by `lacer "
+                         "bench make --resume`), or of another version of lacer")
     fixed = {"workers"} if old.get("deterministic") else set()
     for key, value in changes.items():
         if key not in RESUMABLE - fixed and key in old and old[key] != value:
