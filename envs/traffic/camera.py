@@ -58,7 +58,7 @@ class Camera:
         if lit:
             start = self._row(*lit) * _ROW
             lanes[start:start + _ROW:3] = b"\xff" * SIZE
-        kinds = [*s.cavs]
+        kinds: list[int] = [*s.cavs]
         if s.stopped is not None:
             kinds[s.stopped] += 2
         entry = sum(s.counts[:self._hidden])
