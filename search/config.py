@@ -220,10 +220,10 @@ def resumed(model: type[Config], folder: Path, changes: dict[str, Any]) -> Confi
     if not (folder / "config.yaml").is_file():
         raise LacerError(f"{folder} is no run: it has no {'config.yaml' if folder.is_dir() else 'such folder'}")
     old = read_config(folder / "config.yaml")
-    if unknown := sorted(set(old) - set(model.model_fields)):
-        raise LacerError(f"{folder} has settings that do not belong here ({', '.join(unknown)}): it is a run of "
-                         "another kind (a search is gone on with by `lacer search --resume`, a table by `lacer "
-                         "bench make --resume`), or of another version of lacer")
+    table = bool(set(old) & (TableConfig.model_fields.keys() - SearchConfig.model_fields.keys()))
+    if table != issubclass(model, TableConfig):
+        kind, command = ("table", "lacer bench make --resume") if table else ("search", "lacer search --resume")
+        raise LacerError(f"{folder} is the run of a {kind}; go on with it by `{command} {folder}`")
     fixed = {"workers"} if old.get("deterministic") else set()
     for key, value in changes.items():
         if key not in RESUMABLE - fixed and key in old and old[key] != value:

@@ -37,8 +37,13 @@ def test_makes_resumes_and_searches_a_table(tmp_path: Path) -> None:
     with pytest.raises(LacerError, match="exists already"):
         make_table(TableConfig(**SMALL, seeds=1), folder, quiet=True)
     make_table(resumed(TableConfig, folder, {"seeds": 2}), folder, resume=True, quiet=True)
-    with pytest.raises(LacerError, match=r"do not belong here \(encoders, seeds\).*bench make --resume"):
+    with pytest.raises(LacerError, match="the run of a table; go on with it by `lacer bench make --resume"):
         resumed(SearchConfig, folder, {})
+    searched = tmp_path / "searched"
+    searched.mkdir()
+    (searched / "config.yaml").write_text("env: lacer/KnownSources-v0\n# end of the configuration\n")
+    with pytest.raises(LacerError, match="the run of a search; go on with it by `lacer search --resume"):
+        resumed(TableConfig, searched, {})
     frame = pd.read_parquet(path)
     pd.testing.assert_frame_equal(frame.iloc[:6], first)
     assert list(frame.groupby("ncode").seed.nunique()) == [2] * 6
