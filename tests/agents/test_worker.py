@@ -40,7 +40,8 @@ def stat(pid: int) -> list[str]:
 
 
 def alive(pid: int) -> bool:
-    return bool(stat(pid)) and stat(pid)[0] not in "ZX"
+    now = stat(pid)  # once: it may be gone the next moment
+    return bool(now) and now[0] not in "ZX"
 
 
 def children(pid: int) -> list[int]:
