@@ -19,6 +19,8 @@ from lacer.search.ranker.histories import Batch
 
 NONE = -3.0
 """Stands for the best score among no encoders."""
+NOISE = 5e-3
+"""Variance of the scores' noise that every kernel has at least."""
 ROUNDS = 2
 """Of fitting the kernel to the history."""
 TRUST = 0.7
@@ -119,7 +121,7 @@ def fit(log: Tensor, codes: Tensor, line: Tensor, counts: Tensor, z: Tensor) -> 
             p = at.exp()[..., None, None]
             near = p[:, 0] * torch.exp(-(p[:, 5:] * differ).sum(1))
             sums, bags = p[:, 1] * alike, p[:, 2] * torch.exp(-p[:, 4] * far)
-            inverse = _inverse(near + sums + bags + (p[:, 3] + 5e-3) * eye, at[:, :3].exp().sum(1))
+            inverse = _inverse(near + sums + bags + (p[:, 3] + NOISE) * eye, at[:, :3].exp().sum(1))
             alpha = (inverse @ z[..., None])[..., 0]
             slopes = torch.cat([torch.stack([near, sums, bags, p[:, 3] * eye, -p[:, 4] * far * bags], 1),
                                 -p[:, 5:] * differ * near[:, None]], 1)  # B P n n: of the covariance
@@ -294,7 +296,7 @@ class Ranker(nn.Module):
         counts, line = histogram.reshape(b, n, -1), torch.softmax(weight[..., 1], 1)
         log = torch.cat([self.kernel(world).clamp(-5, 5) + torch.tensor([-0.6, -0.9, -0.9, -2.5, 1.4]),
                          weight[..., 0].clamp(-6, 4) + math.log(1.5 / math.sqrt(d))], 1)
-        log = fit(log, batch.codes, line.detach(), counts, z)
+        log = fit(log, batch.codes, line, counts, z)
         kernel = log[:, :5].exp()
         r = Reading(
             batch=batch, number=number, total=total, first=first, second=second, spread=spread, shared=shared,
@@ -304,7 +306,7 @@ class Ranker(nn.Module):
             gates=self.gates(e) * (2 / math.sqrt(d)), flat=hot.reshape(b, n, d * o),
             counts=counts, channels=self._option_channels(batch, hot))
         covariance, far = r.covariance(r.flat, r.counts)
-        among = covariance + (kernel[:, 3] + 5e-3)[:, None, None] * torch.eye(n)
+        among = covariance + (kernel[:, 3] + NOISE)[:, None, None] * torch.eye(n)
         r.inverse = _inverse(among, r.amplitude.sum(1))
         r.alpha = (r.inverse @ z[..., None])[..., 0]
         left_out = 1 / r.inverse.diagonal(dim1=1, dim2=2)
