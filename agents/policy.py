@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from gymnasium import spaces
 from stable_baselines3.common.policies import MultiInputActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
@@ -23,8 +22,7 @@ class CompositeExtractor(BaseFeaturesExtractor):
     Args:
         observation_space: of the policy.
         spec, card, table: see :class:`CompositeEncoder`.
-        bf16: matrix products and convolutions in bfloat16 (torch's autocast). Pays on processors with AVX-512 BF16 or
-            AMX and on GPUs; others are many times slower with it.
+        bf16: as :attr:`CompositeEncoder.bf16`.
     """
 
     def __init__(self, observation_space: spaces.Space, spec: EncoderSpec, card: TaskCard, table: TextTable,
@@ -32,13 +30,10 @@ class CompositeExtractor(BaseFeaturesExtractor):
         encoder = build(spec, card, table)
         super().__init__(observation_space, features_dim=encoder.dim)
         self.encoder: CompositeEncoder = encoder
-        self.bf16 = bf16
+        encoder.bf16 = bf16
 
     def forward(self, observations: dict[str, Tensor]) -> Tensor:
-        if not self.bf16:
-            return self.encoder(observations)
-        with torch.autocast(next(iter(observations.values())).device.type, torch.bfloat16):
-            return self.encoder(observations).float()
+        return self.encoder(observations)
 
 
 class SupernetExtractor(BaseFeaturesExtractor):

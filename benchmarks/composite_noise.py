@@ -8,6 +8,8 @@
 - Kendall's rank correlation between the training return after a part of the steps and the final score (means over
   seeds).
 - Spearman's rank correlation of each probe of the fused state with the final score, over encoders.
+- What channels can tell of luck: share of the variance of the mean of an encoder's other trainings that is explained by
+  the score of one training, and by that and its learning curve and probes (cross-validated over encoders).
 - Mean score by option of each decision.
 
 The last line is JSON.
@@ -23,10 +25,36 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy import stats
+from sklearn.ensemble import ExtraTreesRegressor
+from sklearn.linear_model import RidgeCV
+from sklearn.model_selection import GroupKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from lacer.search.tables import METADATA, arrow
 
 TABLE = Path(__file__).parent / "data" / "composite_bench.parquet"
+
+
+def explained(runs: pd.DataFrame) -> dict[str, float]:
+    """R2 of regressions on what a run told, by what they read; `all but luck`: what nothing can exceed."""
+    by = runs.groupby("ncode").objective
+    others = (by.transform("sum") - runs.objective) / (by.transform("size") - 1)
+    curve = np.stack(runs.curve_returns.to_numpy())
+    half = curve.shape[1] // 2
+    x = pd.DataFrame({"score": runs.objective, "end": curve[:, -1], "late": curve[:, -3:].mean(1),
+                      "half": curve[:, half:half + 2].mean(1)}, index=runs.index)
+    x = pd.concat([x, runs[[c for c in runs.columns if c.startswith("probe/")]]], axis=1)
+    x = x.fillna(x.median()).fillna(0.0)
+    ridge = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-2, 4, 13)))
+    trees = ExtraTreesRegressor(200, min_samples_leaf=5, random_state=0, n_jobs=-1)
+    out = {}
+    for name, columns, model in (("score", ["score"], ridge), ("score and curve", list(x.columns[:4]), ridge),
+                                 ("all", list(x.columns), ridge), ("all, trees", list(x.columns), trees)):
+        guess = cross_val_predict(model, x[columns], others, groups=runs.ncode, cv=GroupKFold(8))
+        out[name] = 1 - float(((guess - others) ** 2).mean() / others.var(ddof=0))
+    luck = by.var().mean() / (by.size().mean() - 1)
+    return {**out, "all but luck": 1 - float(luck / others.var(ddof=0))}
 
 
 def main(table: str = str(TABLE)) -> None:
@@ -67,6 +95,10 @@ def main(table: str = str(TABLE)) -> None:
                     stats.spearmanr(values, means[values.index]).statistic)
     print("Spearman's rho of the fused state's probes with the final score:",
           {k: round(v, 3) for k, v in out["spearman_of_probes"].items()})
+
+    out["explained"] = explained(ok)
+    print("variance of the other trainings' mean score that is explained by a training's",
+          {k: round(v, 3) for k, v in out["explained"].items()})
 
     out["by_option"] = {}
     codes = means.index.to_series().str.split(".", expand=True)

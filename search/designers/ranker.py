@@ -34,6 +34,12 @@ CHANNELS = 8
 OWN = 12
 """The best of the history, whose true scores are predicted too: the bar to improve upon."""
 
+WIDER = 1.15
+"""What is told of a prediction is wider than the network has it by this factor: real tables differ more from the
+synthetic tasks than these from each other. Chosen on two tables, ARLBench and TransNAS-Bench-101's macro space, whose
+true scores lie within the 80 % intervals in 73 and 75 % of the cases, with the factor in 79 and 81 %. Proposals do not
+depend on it."""
+
 Acquisition = Literal["improvement", "top", "quantile", "thompson"]
 
 
@@ -129,8 +135,8 @@ class RankerDesigner(Designer):
                 point = self._point(coder, pool[index[at]])
                 out.append(Proposal(
                     point, self.name, f"{self.acquisition} {gain[at]:.3g}: predicted {mean[at]:.2f} +- "
-                    f"{deviation[at]:.2f} on the normal scale of scores so far",
-                    meta={"predicted": [round(float(mean[at]), 4), round(float(deviation[at]), 4)]}))
+                    f"{WIDER * deviation[at]:.2f} on the normal scale of scores so far",
+                    meta={"predicted": [round(float(mean[at]), 4), round(float(WIDER * deviation[at]), 4)]}))
                 if len(out) < n:
                     codes, z = np.concatenate([codes, pool[index[at]][None]]), np.append(z, mean[at])
                     others = np.concatenate([others, np.full((1, others.shape[1]), np.nan)])
@@ -144,7 +150,7 @@ class RankerDesigner(Designer):
 
         with _one_thread(), torch.inference_mode():
             coder, codes, z, others, _ = self._history(study, self.rng(study))
-            return self._predict(self._read(coder, codes, z, others), coder.encode(list(points)))
+            return self._predict(self._read(coder, codes, z, others), coder.encode(list(points))).wider(WIDER)
 
     def _history(self, study: Study, rng: np.random.Generator) -> tuple[
             Coder, NDArray[np.int64], Array, Array, list[Point]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,11 @@ class Prediction:
         """(B, q): standard deviations of the mixtures."""
         m = self.expected()[..., None]
         return (self.weight * (self.deviation ** 2 + (self.mean - m) ** 2)).sum(-1).sqrt()
+
+    def wider(self, factor: float) -> Prediction:
+        """The same means with distributions that are wider by a factor about them."""
+        m = self.expected()[..., None]
+        return replace(self, mean=m + factor * (self.mean - m), deviation=factor * self.deviation)
 
     def below(self, at: Tensor) -> Tensor:
         """(B, q): probability of a score below ``at``, (B, q) or a scalar."""

@@ -136,6 +136,13 @@ def test_mixtures_are_distributions() -> None:
         assert float(one.below(torch.tensor([[0.3]]).expand(1, len(at)))[0, 0]) == pytest.approx(below, abs=0.02)
 
 
+def test_a_wider_prediction_has_the_same_mean() -> None:
+    p = shipped()(a_batch())
+    wide = p.wider(2.0)
+    torch.testing.assert_close(wide.expected(), p.expected())
+    torch.testing.assert_close(wide.spread(), 2 * p.spread())
+
+
 def test_scale_is_monotone_and_keeps_normal_scores() -> None:
     y = np.array([3.0, 1.0, 2.0, 2.0, 10.0])
     scale = Scale(y)
@@ -310,8 +317,14 @@ def test_prediction_of_a_study() -> None:
         t = study.start(Proposal(point, "x"))
         study.finish(t.number, Evaluation(objective=float(sum(point.values()))))
     points = [space.sample(rng) for _ in range(50)]
-    p = RankerDesigner(0).predict(study, points)
+    d = RankerDesigner(0)
+    p = d.predict(study, points)
     assert np.corrcoef(p.expected()[0].numpy(), [sum(q.values()) for q in points])[0, 1] > 0.85
+    [proposal] = d.propose(study, 1)
+    assert proposal.point is not None
+    told = d.predict(study, [proposal.point])  # the same distribution as the proposal tells
+    assert proposal.meta["predicted"] == pytest.approx([float(told.expected()[0, 0]), float(told.spread()[0, 0])],
+                                                       abs=1e-3)
 
 
 def test_finds_the_best_of_a_table() -> None:
