@@ -283,7 +283,9 @@ def _check_changes(before: ComparisonConfig, now: ComparisonConfig) -> dict[str,
             if label in new[part] and old[part][label] != new[part][label]:
                 raise LacerError(f"{part}.{label} cannot change when a comparison is resumed: give it another label")
     fields = {**old["base"], **new["base"]}
-    changes = {k: new["base"].get(k) for k in fields if old["base"].get(k) != new["base"].get(k)}
+    plain = SearchConfig.model_fields  # a field that was taken out has its default
+    changes = {k: new["base"][k] if k in new["base"] else plain[k].get_default(call_default_factory=True)
+               for k in fields if old["base"].get(k) != new["base"].get(k)}
     wrong = sorted(set(changes) - (RESUMABLE - {"candidates", "max_env_steps", "max_tokens", "max_seconds"}))
     if wrong:
         raise LacerError(f"base.{wrong[0]} cannot change when a comparison is resumed "

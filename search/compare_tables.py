@@ -27,6 +27,7 @@ from lacer.envs import Objective
 from lacer.search.compare import Entry
 from lacer.search.outcome import EXPERT, NOOP, WINNER, paired_difference
 from lacer.search.runs import StoredRun
+from lacer.search.study import score_of
 
 AXES = {"candidates": "candidates", "env_steps": "environment steps, a designer’s own training included",
         "seconds": "wall time (s)"}
@@ -101,7 +102,7 @@ class Compared:
         own = sum(int(t.proposal.meta.get("env_steps") or 0) for t in trials)
         usage = run.usage
         metric = run.objective.metric
-        chosen = winner.trial.objective if winner is not None else None
+        chosen = score_of(winner.trial, trials) if winner is not None else None
         final = chosen if run.plain else _score(finals.get(WINNER))
         expert, noop = _score(finals.get(EXPERT)), _score(finals.get(NOOP))
         gain = _gain(finals, metric)
@@ -318,14 +319,16 @@ def _path(run: StoredRun) -> dict[str, Array]:
     results = run.results
     own = sorted((run.clock(t.started), int(t.trial.proposal.meta.get("env_steps") or 0)) for t in run.trials)
     best, steps, out = -math.inf, 0, []
-    for i, t in enumerate(results, 1):
+    candidates = 0
+    for t in results:
         assert t.ended is not None
+        candidates += t.trial.survivor is None
         e, clock = t.trial.evaluation, run.clock(t.ended)
         steps += e.cost.env_steps if e is not None else 0
-        if t.trial.objective is not None:
+        if t.trial.objective is not None and t.trial.survivor is None:
             best = max(best, sign * t.trial.objective)
         so_far = sign * best if math.isfinite(best) else math.nan
-        out.append((i, steps + sum(s for begun, s in own if begun < clock), clock, so_far))
+        out.append((candidates, steps + sum(s for begun, s in own if begun < clock), clock, so_far))
     table = np.array(out, float).reshape(-1, 4)
     return {"candidates": table[:, 0], "env_steps": table[:, 1], "seconds": table[:, 2], "best": table[:, 3]}
 

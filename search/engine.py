@@ -25,8 +25,8 @@ MAX_REJECTIONS = 50
 
 @dataclass(frozen=True)
 class Budget:
-    """What a search may spend; whatever is reached first ends it. None: no limit. No candidate starts after that, those
-    that run are finished.
+    """What a search may spend; whatever is reached first ends it. None: no limit. Nothing is proposed after that;
+    candidates that run are finished, and those that were proposed are evaluated, unless it is time that is spent.
 
     Attributes:
         candidates: evaluated encoders, failed ones included.
@@ -35,6 +35,7 @@ class Budget:
         seconds: wall time of the search, over all its sessions.
         tokens: LLM tokens, in and out.
         reserve: so many full trainings that come later are kept back from ``env_steps``.
+        own: environment steps that the designer spends before its first proposal, which tells them.
     """
 
     candidates: int | None = None
@@ -42,6 +43,7 @@ class Budget:
     seconds: float | None = None
     tokens: int | None = None
     reserve: int = 0
+    own: int = 0
 
 
 class Listener:
@@ -77,9 +79,9 @@ class Engine:
         repeats: an encoder that was proposed before is rejected, or takes over the result ("reuse"), or is evaluated
             once more under another seed ("add"; the study's best is the best mean).
         lag: None: every proposal knows all results so far. A number makes a search repeatable whatever order results
-            arrive in: a proposal waits for all but the last ``lag - 1`` trials and knows no result of these.
+            arrive in: proposals wait for all but the last ``lag - 1`` trials and know no result of these.
         ahead: proposals to have ready before a worker is free.
-        expected_steps: environment steps of a candidate as long as none has finished.
+        expected_steps: environment steps of a candidate as long as none has finished, without its evaluation.
         elapsed: seconds that earlier sessions took.
         patience: see ``MAX_REJECTIONS``.
         listener: what is told.
@@ -108,12 +110,14 @@ class Engine:
         self._unobserved: list[Trial] = []
         self._observed = 0  # how many of `_order` the designer has been told of, with a lag
         self._rejections = 0
-        self._expected = expected_steps
+        self._expected, self._known = expected_steps, False
+        self._own = budget.own
         self._env_steps = self._tokens = 0
         for t in study.trials:
             self._count(t)
             if t.status == "running":
-                self._queue(t)
+                if t.survivor is not None or not survivors:
+                    self._queue(t)
             elif t.status != "rejected":
                 self._unobserved.append(t)
         if first is not None and not len(study):
@@ -169,11 +173,16 @@ class Engine:
             due = max(0, len(self._order) - self._lag + 1)
             ready = all(self.study[n].status != "running" for n in self._order[:due])
             want = 1 if ready else 0
+        if want > 0:  # what a designer proposes at once is made from the same results
+            want = max(want, getattr(self.designer, "batch", 1))
         if self.budget.candidates is not None:
             want = min(want, self.budget.candidates - self._candidates)
         if self.budget.env_steps is not None and self._expected:
-            left = self.budget.env_steps - self._env_steps
-            want = min(want, left // self._expected - len(self._running) - len(self._pending) - self.budget.reserve)
+            left = self.budget.env_steps - self._env_steps - self._own
+            started = len(self._running) + len(self._pending)
+            want = min(want, left // self._expected - started - self.budget.reserve)
+            if not self._known:  # an evaluation may take as much as the training
+                want = min(want, max(left // (2 * self._expected) - self.budget.reserve, 1) - started)
         return max(0, want)
 
     def _view(self) -> Study:
@@ -216,6 +225,8 @@ class Engine:
     def _count(self, trial: Trial) -> None:
         self._env_steps += trial.env_steps
         self._tokens += trial.tokens
+        if "env_steps" in trial.proposal.meta:
+            self._own = 0
         self._learn_cost(trial)
         if trial.status != "rejected":
             self._order.append(trial.number)
@@ -225,7 +236,7 @@ class Engine:
     def _learn_cost(self, trial: Trial) -> None:
         """What a candidate is expected to take; without what the designer spent before it."""
         if trial.status == "ok" and trial.evaluation is not None:
-            self._expected = max(self._expected, trial.evaluation.cost.env_steps)
+            self._expected, self._known = max(self._expected, trial.evaluation.cost.env_steps), True
 
     def _queue(self, trial: Trial) -> None:
         """Lines a running trial up, or lets it wait for the same encoder's result."""
@@ -303,7 +314,7 @@ class Engine:
         if b.tokens is not None and self._tokens >= b.tokens:
             return "tokens"
         started = len(self._running) + len(self._pending) + b.reserve
-        if b.env_steps is not None and self._env_steps + (started + 1) * self._expected > b.env_steps:
+        if b.env_steps is not None and self._env_steps + self._own + (started + 1) * self._expected > b.env_steps:
             return "env_steps"
         return "rejections" if self._rejections >= self._patience else None
 

@@ -118,8 +118,8 @@ def estimate(plan: Plan, speed: Speed | None) -> Estimate:
     candidates, further = c.candidates, c.fidelity.survivors * c.fidelity.survivor_seeds
     if c.max_env_steps is not None:
         each = c.protocol.steps + (round(speed.episode_steps * c.protocol.eval_episodes) if speed is not None else 0)
-        candidates = min(candidates, max(0, c.max_env_steps - own) // each - further)
-    turns = math.ceil((candidates - int(c.expert_first)) / c.batch) if cls.needs_llm else 0
+        candidates = min(candidates, max(1, max(0, c.max_env_steps - own) // each - further))
+    turns = math.ceil(max(0, candidates - int(c.expert_first)) / c.batch) if cls.needs_llm else 0
     requests = turns * getattr(cls, "requests", 0)
     tokens = 0
     if requests:

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,17 @@ END = "# end of the configuration\n"
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that it has the old or the new content, whatever happens. Raises OSError."""
-    new = path.with_name(path.name + ".new")
-    with new.open("w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(new, path)
+    """Writes a file so that it has the old or the new content, whatever happens, also if several processes write it at
+    once. Raises OSError."""
+    new = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.new")
+    try:
+        with new.open("w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def write_config(path: Path, config: dict[str, Any]) -> None:

@@ -261,6 +261,9 @@ def run_search(config: SearchConfig, folder: Path | None, quiet: bool, fresh: bo
     if config.deterministic:  # how many results a proposal knows depends on it
         config = config.model_copy(update={"workers": worker_count(config)})
     checked = plan(config)
+    if config.designer != checked.designer:  # "auto": with a model in a resumed search it would be another one
+        config = config.model_copy(update={"designer": checked.designer})
+        checked = replace(checked, config=config)
     if designer_class(checked.designer).trains:  # more candidates in a resumed search do not change it
         config = config.model_copy(update={"designer_steps": own_steps(config)})
         checked = replace(checked, config=config)
@@ -363,9 +366,12 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
 def provenance(config: SearchConfig) -> dict[str, Any]:
     """Versions, platform, git revision and seeds, as kept with every run."""
-    git = subprocess.run(["git", "-C", str(Path(lacer.encoders.__file__).resolve().parent), "describe", "--always",
-                          "--dirty", "--abbrev=12"], capture_output=True, text=True, check=False)
-    return {"packages": versions(), "platform": platform.platform(), "git": git.stdout.strip() or None,
+    try:
+        git = subprocess.run(["git", "-C", str(Path(lacer.encoders.__file__).resolve().parent), "describe", "--always",
+                              "--dirty", "--abbrev=12"], capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # not installed
+        git = ""
+    return {"packages": versions(), "platform": platform.platform(), "git": git or None,
             "seed": config.seed, "eval_seed": config.protocol.eval_seed,
             "final_eval_seed": config.protocol.eval_seed + FINAL_SEEDS}
 
@@ -491,7 +497,8 @@ class _Driver(Listener):
         ahead = c.ahead if c.ahead is not None else int(self.designer.needs_llm)
         return Engine(
             self.study, self.designer, executor, self._job,
-            budget=Budget(c.candidates, c.max_env_steps, c.max_seconds, c.max_tokens, further_runs(c)),
+            budget=Budget(c.candidates, c.max_env_steps, c.max_seconds, c.max_tokens, further_runs(c),
+                          own_steps(c) if designer_class(self.plan.designer).trains else 0),
             first=Proposal(self.plan.expert, "expert", "a sensible encoder made by hand") if c.expert_first else None,
             why_not=self._why_not,
             repeats=c.repeats, lag=c.workers if c.deterministic else None, ahead=ahead,
@@ -603,8 +610,8 @@ class _Driver(Listener):
         name = o.metric.replace("_", " ")
         self.display.headline(f"candidate {done} of {self.config.candidates} done" + (
             f" ({pruned} pruned)" if pruned else "") + (
-            f", best {name} so far {best.objective:.3f} {o.unit} (#{best.number})" if best else ""))
-        totals = Totals(best.objective if best else None, sum(t.env_steps for t in self.study.trials), self.seconds)
+            f", best {name} so far {self.study.best_value:.3f} {o.unit} (#{best.number})" if best else ""))
+        totals = Totals(self.study.best_value, sum(t.env_steps for t in self.study.trials), self.seconds)
         self._track(partial(_tell, trial=trial, totals=totals))
         if self.seconds - self._saved > 30:  # after kill -9 the budget of wall time still holds
             self._saved = self.seconds
@@ -619,7 +626,11 @@ class _Driver(Listener):
         if best is None:
             return finals
         if self.study.get_attr("final_trial") != best.number:  # a resumed search may have found a better one
-            finals.pop(WINNER, None)
+            if finals.pop(WINNER, None) is not None:  # first, so that it is never taken for the new one's
+                self.study.set_attr(WINNER, None)
+            if (old := self.folder / "best").is_dir():
+                shutil.rmtree(self.folder / "best.earlier", ignore_errors=True)
+                old.rename(self.folder / "best.earlier")
             self.study.set_attr("final_trial", best.number)
         protocol = c.protocol.model_copy(update={"steps": c.final_steps, "eval_episodes": c.final_episodes,
                                                  "eval_seed": c.protocol.eval_seed + FINAL_SEEDS,
@@ -660,8 +671,9 @@ class _Driver(Listener):
                     self.display.ended(event.key, c.final_steps if jobs[event.key].encoder else 0, (
                         f"  final: {event.key}: {o.metric} {e.objective:.3f} {o.unit}" if e.ok
                         else f"  final: {event.key} failed: {e.reason}"))
-        if expert_won and WINNER in finals:
+        if expert_won and WINNER in finals and EXPERT not in finals:
             finals[EXPERT] = finals[WINNER]
+            self.study.set_attr(EXPERT, finals[EXPERT].model_dump(mode="json"))
         return finals
 
     def outcome(self, finals: dict[str, Evaluation]) -> Outcome:

@@ -11,7 +11,7 @@ import numpy as np
 
 from lacer.agents import Evaluation
 from lacer.envs import TaskCard
-from lacer.search.study import Trial
+from lacer.search.study import Trial, score_of
 
 NOOP, EXPERT, WINNER = "do nothing", "expert", "winner"
 
@@ -48,9 +48,10 @@ class Outcome:
     prompts: Mapping[int, tuple[tuple[str, str], ...]] = field(default_factory=dict)
 
     def ranked(self) -> list[Trial]:
-        """Trials, the best first; those without a result last, by number."""
+        """Trials, the winner first, then the best; those without a result last, by number."""
         sign = self.card.objective.signed
-        return sorted(self.trials, key=lambda t: (t.objective is None, -sign(t.objective or 0.0), t.number))
+        return sorted(self.trials, key=lambda t: (
+            t.number != self.winner, t.objective is None, -sign(t.objective or 0.0), t.number))
 
     def figures(self) -> dict[str, Any]:
         """The result as plain data, for scripts. Scores of ``winner`` chose it; those of ``finals`` did not."""
@@ -60,7 +61,8 @@ class Outcome:
             "env": self.card.env_id, "metric": self.card.objective.metric, "unit": self.card.objective.unit,
             "direction": self.card.objective.direction,
             "winner": None if winner is None else {
-                "number": winner.number, "designer": winner.proposal.designer, "objective": winner.objective,
+                "number": winner.number, "designer": winner.proposal.designer,
+                "objective": score_of(winner, self.trials),
                 "encoder": winner.spec.to_dict() if winner.spec else None},
             "finals": {n: {"status": e.status, "objective": e.objective, "reason": e.reason,
                            "episodes": e.metrics.get(self.card.objective.metric, [])} for n, e in self.finals.items()},

@@ -62,8 +62,8 @@ class PointResult:
 
     @property
     def best_value(self) -> float | None:
-        """Its objective."""
-        return None if self.best is None else self.best.objective
+        """Its objective; the mean where it was evaluated several times."""
+        return self.study.best_value
 
 
 def search_points(space: SearchSpace, function: Function, config: SearchConfig, given: set[str], *,
@@ -72,7 +72,7 @@ def search_points(space: SearchSpace, function: Function, config: SearchConfig, 
     wrong = sorted(given & _ELSEWHERE)
     if wrong:
         raise LacerError(f"{', '.join(wrong)}: only for a search with an environment, not with objective=")
-    if "executor" not in given:
+    if "executor" not in given and (not resume or "workers" in given):
         config = config.model_copy(update={"executor": "process" if config.workers > 1 else "inprocess"})
     if config.deterministic:
         config = config.model_copy(update={"workers": worker_count(config)})

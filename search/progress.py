@@ -138,7 +138,7 @@ class PointDisplay:
         """A candidate has ended."""
         best = self._study.best
         name = self._study.objective.metric.replace("_", " ")
-        text = "" if best is None else f"best {name} {best.objective:.5g} (#{best.number})"
+        text = "" if best is None else f"best {name} {self._study.best_value:.5g} (#{best.number})"
         self._bar.update(self._task, advance=1, description=text)
         done = self._study.count("ok", "failed", "pruned")
         if self._console is not None and done % max(1, self._of // 20) == 0:

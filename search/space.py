@@ -47,7 +47,7 @@ class Decision:
         return self.condition[1] if isinstance(self.condition[1], tuple) else (self.condition[1],)
 
     def index(self, option: Any) -> int:
-        """Position of an option. 1, 1.0 and True are different options."""
+        """Position of an option. 1 and True are different options, 1 and 1.0 the same."""
         for i, o in enumerate(self.options):
             if o == option and isinstance(o, bool) == isinstance(option, bool):
                 return i
@@ -72,7 +72,7 @@ class SearchSpace:
         for d in decisions:
             if d.name in seen:
                 raise LacerError(f"the decision {d.name!r} appears twice")
-            if not d.options or len({(type(o), o) for o in d.options}) < len(d.options):
+            if not d.options or len({(isinstance(o, bool), o) for o in d.options}) < len(d.options):
                 raise LacerError(f"the options of {d.name!r} must be different, and at least one: {d.options}")
             if d.condition is not None:
                 if d.condition[0] not in seen:

@@ -107,6 +107,13 @@ class Trial:
         return {k: float(meta[k]) for k in USAGE if k in meta} if "requests" in meta else {}
 
 
+def score_of(trial: Trial, trials: Iterable[Trial]) -> float | None:
+    """The mean objective over all evaluations of a trial's encoder among some trials; None without a result."""
+    found = [t.objective for t in trials if t.objective is not None
+             and (t.number == trial.number or (t.ncode and t.ncode == trial.ncode))]
+    return sum(found) / len(found) if found else None
+
+
 PASSED = "rungs"
 """User attribute of a trial that holds the rungs it has passed."""
 
@@ -179,6 +186,12 @@ class Study:
         among equals. Where some survived the search and have further seeds, the best of these."""
         with self._lock:
             return None if self._best is None else self._scores[self._best][0]
+
+    @property
+    def best_value(self) -> float | None:
+        """The objective of the best encoder: the mean, where it was evaluated several times."""
+        best = self.best
+        return None if best is None else score_of(best, self.finished)
 
     def best_first(self) -> list[Trial]:
         """The first trial of each encoder with a result, the best first, further seeds of survivors left out."""

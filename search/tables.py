@@ -145,7 +145,7 @@ def read_table(path: str | Path, arch: Sequence[str] = ("arch",), score: str = "
         LacerError: no such file or column ("did you mean"), no rows, and with the row: scores that are no finite
             numbers, missing, repeated or ragged architectures.
     """
-    data, about = _load(Path(path), arch)
+    data, about = _load(Path(path), arch, bins)
     for column in [*arch, score, *([test_score] if test_score else []), *(where or {})]:
         if column not in data.columns:
             raise LacerError(f"{path} has no column {column!r}{did_you_mean(column, list(data.columns))} Columns: "
@@ -193,7 +193,7 @@ def _details(row: pd.Series) -> Evaluation:
                       cost=Cost(parameters=int(row["cost/parameters"]), env_steps=int(row["cost/env_steps"])))
 
 
-def _load(path: Path, arch: Sequence[str]) -> tuple[pd.DataFrame, dict[str, Any]]:
+def _load(path: Path, arch: Sequence[str], bins: int | None) -> tuple[pd.DataFrame, dict[str, Any]]:
     """The file, and what `lacer bench make` wrote about it."""
     try:
         if path.suffix == ".parquet":
@@ -205,7 +205,9 @@ def _load(path: Path, arch: Sequence[str]) -> tuple[pd.DataFrame, dict[str, Any]
                 data = data[data["status"] == "ok"]
             return data, about
         # Text as it stands, so that "010" stays what it is; numbers are read where they are asked for.
-        return pd.read_csv(path, dtype=str if len(arch) == 1 else None, keep_default_na=len(arch) > 1), {}
+        # "None" and "NA" are names like others; only an empty cell is empty.
+        return pd.read_csv(path, dtype=str if len(arch) == 1 and bins is None else None, keep_default_na=False,
+                           na_values=[""] if len(arch) > 1 or bins is not None else []), {}
     except (OSError, ValueError) as e:  # pandas' and pyarrow's errors of format are ValueErrors
         raise LacerError(f"cannot read the table {path}: {getattr(e, 'strerror', None) or e}") from None
 

@@ -15,7 +15,7 @@ from urllib.parse import urlparse
 
 from lacer.search.drawing import clean, encoder_svg
 from lacer.search.outcome import WINNER, Outcome
-from lacer.search.study import Trial
+from lacer.search.study import Trial, score_of
 from lacer.search.tracking import Media, Totals, decisions, key, scalars
 from lacer.search.wandb_files import log_files, scan
 
@@ -233,7 +233,8 @@ class WandB:
         assert best.spec is not None
         task = key(outcome.card.env_id.split("/")[-1])
         about = {"env": outcome.card.env_id, "trial": best.number, "designer": clean(best.proposal.designer),
-                 "seed": self._config["seed"], "encoder_hash": best.spec.hash, self._metric: best.objective}
+                 "seed": self._config["seed"], "encoder_hash": best.spec.hash,
+                 self._metric: score_of(best, outcome.trials)}
         encoder = wandb.Artifact(f"{task}-encoder", "encoder", metadata=about)
         with encoder.new_file("encoder.json", encoding="utf-8") as f:
             f.write(best.spec.to_json() + "\n")

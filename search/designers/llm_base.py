@@ -89,11 +89,11 @@ class LLMDesigner(Designer):
             turn.charge(e.spent())
             if not turn.accepted:
                 return self.fallback.propose(study, k, str(e), before=turn.rejected, spent=turn.meta(),
-                                             unreachable=not e.limit)
+                                             unreachable=not e.limit, designer=self.name)
         except NoAnswer as e:
             if not turn.accepted:
                 return self.fallback.propose(study, k, str(e), before=turn.rejected,
-                                             spent=turn.meta() if turn.owes else None)
+                                             spent=turn.meta() if turn.owes else None, designer=self.name)
         turn.settle()
         return [*turn.rejected, *turn.accepted]
 

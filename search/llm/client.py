@@ -70,6 +70,7 @@ class LLMClient:
         self._sampling = True  # whether temperature and seed are sent
         self.answered = False
         self.requests = self.tokens_in = self.tokens_out = 0
+        self.spent = 0.0  # US dollars
         self._loaded = self._uncounted = False
 
     def check(self) -> None:
@@ -179,6 +180,7 @@ class LLMClient:
             self.requests += 1
             self.tokens_in += _count(r.get("tokens_in"))
             self.tokens_out += _count(r.get("tokens_out"))
+            self._spend(r.get("cost"), _count(r.get("tokens_in")), _count(r.get("tokens_out")))
             if r.get("model") == self.config.model and r.get("base_url") == self._address():
                 known = r.get("next_format", known)
                 self._sampling = r.get("sampling") is not False
@@ -191,13 +193,12 @@ class LLMClient:
     def _within_limits(self, after: LLMError | None = None) -> None:
         """Raises LLMError if a limit is reached. ``after`` is the failed request before a further try."""
         c, tokens = self.config, self.tokens_in + self.tokens_out
-        cost = c.cost(self.tokens_in, self.tokens_out)
         if c.request_limit is not None and self.requests >= c.request_limit:
             what = f"{self.requests:,} of {c.request_limit:,} requests (--llm-request-limit)"
         elif c.token_limit is not None and tokens >= c.token_limit:
             what = f"{tokens:,} of {c.token_limit:,} tokens (--llm-token-limit)"
-        elif c.cost_limit is not None and cost is not None and cost >= c.cost_limit:
-            what = f"{cost:,.2f} of {c.cost_limit:,.2f} US dollars (--llm-cost-limit)"
+        elif c.cost_limit is not None and self.spent >= c.cost_limit:
+            what = f"{self.spent:,.2f} of {c.cost_limit:,.2f} US dollars (--llm-cost-limit)"
         else:
             return
         e = LLMError(f"the language model's limit is reached: {what}" + (f"; before: {after}" if after else ""),
@@ -217,7 +218,14 @@ class LLMClient:
                         "--llm-request-limit", c.model)
             self._uncounted = True
         reply = replace(reply, cost=c.cost(reply.tokens_in, reply.tokens_out))
+        self._spend(reply.cost, reply.tokens_in, reply.tokens_out)
         return replace(reply, line=self._record(messages, form, reply, reply.seconds, None, final, differs))
+
+    def _spend(self, cost: object, tokens_in: int, tokens_out: int) -> None:
+        """Counts the dollars of an exchange: at the prices of its time, or today's where none were known."""
+        if not isinstance(cost, int | float):
+            cost = self.config.cost(tokens_in, tokens_out) or 0.0
+        self.spent += float(cost)
 
     def _record(self, messages: Sequence[Message], form: str, reply: Reply | None, seconds: float,
                 error: LLMError | None, final: bool, differs: str = "") -> int | None:

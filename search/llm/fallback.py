@@ -31,7 +31,8 @@ class Fallback:
     seed: int = 0
 
     def propose(self, study: Study, k: int, reason: str, *, before: Sequence[Proposal] = (),
-                spent: Mapping[str, Any] | None = None, unreachable: bool = False) -> list[Proposal]:
+                spent: Mapping[str, Any] | None = None, unreachable: bool = False,
+                designer: str = "") -> list[Proposal]:
         """``before`` and up to ``k`` proposals that say why the model did not make them.
 
         Args:
@@ -41,12 +42,15 @@ class Fallback:
             before: rejected proposals of the same call, which come first.
             spent: what failed requests cost (``LLMError.spent()``); counted on the first proposal.
             unreachable: whether the model gave no answer at all, see :meth:`gave_up`.
+            designer: who asked the model.
 
         Raises:
-            DesignerStopped: the fallback is ``stop``; it holds ``before``.
+            DesignerStopped: the fallback is ``stop``; it holds ``before``, and a rejected proposal for ``spent``.
         """
         reason = clean(reason, 500)
         if self.name == "stop":
+            if spent and any(spent.get(k) for k in ("tokens_in", "tokens_out")):  # failed requests alone cost nothing
+                before = [*before, Proposal(None, designer, rejected=reason, meta=dict(spent))]
             raise DesignerStopped(f"the language model made no valid proposal, and --llm-fallback is stop: {reason}",
                                   before)
         log.warning("the language model made no valid proposal, %s does instead: %s", self.name, reason)

@@ -226,3 +226,17 @@ def test_command_line_prints_figures(capsys: pytest.CaptureFixture[str], tmp_pat
     got = json.loads(capsys.readouterr().out)
     assert got["optimum"] == 1.0
     assert got["designers"]["random"]["10"]["mean"] <= 1
+
+
+def test_names_that_pandas_takes_for_nothing(tmp_path: Path) -> None:
+    path = table(tmp_path, "act,norm,score\nrelu,None,1\nrelu,NA,2\ntanh,None,3\n")
+    t = read_table(path, ["act", "norm"])
+    assert [d.options for d in t.space.decisions] == [("relu", "tanh"), ("NA", "None")]
+    with pytest.raises(LacerError, match="row 2: norm is empty"):
+        read_table(table(tmp_path, "act,norm,score\nrelu,,1\n", "u.csv"), ["act", "norm"])
+
+
+def test_bins_of_a_single_column(tmp_path: Path) -> None:
+    rows = "".join(f"{i},{i % 7}\n" for i in range(60))
+    t = read_table(table(tmp_path, "x,score\n" + rows), ["x"], bins=4, repeated=True)
+    assert t.space.size() == 4

@@ -33,6 +33,7 @@ from lacer.search.compare import (
     SAME,
     ComparisonConfig,
     Entry,
+    _check_changes,
     check_comparable,
     compare_runs,
     find_runs,
@@ -642,3 +643,11 @@ def test_quick_preset_begins(tmp_path: Path, lacer: Lacer) -> None:
         text=True, check=False)
     assert exported.stdout.startswith("environment,designer_label,search_seed,number,status")
     assert not exported.stderr
+
+
+def test_a_field_that_is_taken_out_has_its_default() -> None:
+    def config(**base: Any) -> ComparisonConfig:
+        return ComparisonConfig(base={"env": "lacer/KnownSources-v0", **base}, designers={"r": {"designer": "random"}})
+
+    changes = _check_changes(config(timeout=600), config())
+    assert changes == {"timeout": SearchConfig(env="lacer/KnownSources-v0").timeout}

@@ -14,7 +14,8 @@ import pytest
 
 from lacer.agents import Call, Cost, Evaluation
 from lacer.envs import LacerError
-from lacer.search import Decision, Proposal, SearchSpace, Study, search
+from lacer.search import Decision, Proposal, SearchSpace, Study, plain, search
+from lacer.search.config import SearchConfig
 from lacer.search.designers.base import Designer, fresh_sample
 from lacer.search.designers.evolution import Evolution
 from lacer.search.engine import Budget, Engine, Repeats
@@ -427,3 +428,83 @@ def test_wrong_input(tmp_path: Path) -> None:
         search(space=SPACE, objective=helper_objectives.smooth, resume=tmp_path / "run")
     with pytest.raises(LacerError, match="has another objective"):
         search(space=SMALL, objective=helper_objectives.smooth, direction="minimize", resume=tmp_path / "run")
+
+
+# -- batches and budgets ----------------------------------------------------------------------------------------------
+
+
+class Several(Designer):
+    """Proposes some encoders at once, as an LLM designer does; may train by itself before."""
+
+    name = "several"
+
+    def __init__(self, batch: int, own: int = 0) -> None:
+        super().__init__(0)
+        self.batch, self.own = batch, own
+        self.made: list[int] = []
+
+    def propose(self, study: Study, n: int) -> list[Proposal]:
+        out: list[Proposal] = []
+        for _ in range(min(n, self.batch)):
+            first = self.own and not self.made and not out
+            out.append(Proposal(fresh_sample(study, out, self.rng(study)), self.name,
+                                meta={"env_steps": self.own} if first else {}))
+        self.made.append(len(out))
+        return out
+
+
+def costly(point: dict[str, Any]) -> Evaluation:
+    return Evaluation(objective=helper_objectives.smooth(point), cost=Cost(env_steps=300))
+
+
+@pytest.mark.parametrize("lag", [None, 4])
+def test_a_batch_is_asked_for_as_a_whole(lag: int | None) -> None:
+    for slots in (2, 4):
+        d = Several(5)
+        engine(Study(SPACE), d, Jumbled(helper_objectives.smooth, slots, 0), ahead=1, lag=lag).run()
+        assert d.made == [5, 5, 5, 5, 4]
+
+
+@pytest.mark.parametrize("slots", [2, 16, 48])
+@pytest.mark.parametrize("own", [0, 5000])
+def test_many_workers_keep_to_the_environment_steps(slots: int, own: int) -> None:
+    """A designer's own steps are not told before its first proposal, those of an evaluation not before a first end."""
+    study = Study(SPACE)
+    budget = Budget(50, own + 3000, own=own)
+    engine(study, Several(99, own), Jumbled(costly, slots, 0), budget=budget, expected_steps=200).run()
+    assert sum(t.env_steps for t in study.trials) == own + 3000
+
+
+def test_further_seeds_leave_waiting_candidates_alone() -> None:
+    """Those that a budget of time has left are for a resumed search, not for the one that trains survivors."""
+    study = Study(SPACE)
+    for value in (0, 1):
+        trial = study.start(Proposal({f"d{i}": value for i in range(6)}, "x"))
+    study.finish(0, Evaluation(objective=1.0))
+    Engine(study, Several(1), InProcess(helper_objectives.smooth), lambda t, repeat: Call(
+        function="", point=t.proposal.point or {}, seed=repeat), budget=Budget(0), survivors=True).run()
+    assert study[trial.number].status == "running"
+
+
+def test_the_mean_of_an_encoder_is_its_value(tmp_path: Path) -> None:
+    study = Study(SMALL)
+    for a, value in ((1, 4.0), (2, 6.0), (1, 10.0)):
+        study.finish(study.start(Proposal({"a": a}, "x")).number, Evaluation(objective=value))
+    assert study.best is study[0]
+    assert study.best_value == 7.0
+
+
+def test_a_resumed_search_keeps_its_executor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    make = plain.make_executor
+
+    def noted(config: SearchConfig, *args: Any) -> Executor:
+        seen.append(config.executor)
+        return make(config, *args)
+
+    monkeypatch.setattr(plain, "make_executor", noted)
+    options: dict[str, Any] = {"space": SPACE, "objective": helper_objectives.smooth, "designer": "random",
+                               "quiet": True}
+    search(**options, candidates=2, executor="process", workers=2, out=tmp_path / "run")
+    search(**options, candidates=3, resume=tmp_path / "run")
+    assert seen == ["process", "process"]

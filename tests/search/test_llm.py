@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
 import traceback
 from pathlib import Path
@@ -14,8 +15,9 @@ import pytest
 
 from lacer.agents import Evaluation
 from lacer.envs import LacerError, task_card
-from lacer.search.designers.base import designer_class
+from lacer.search.designers.base import DesignerStopped, designer_class
 from lacer.search.designers.lacer import Lacer
+from lacer.search.designers.llm_base import Turn
 from lacer.search.llm import LLMClient, LLMConfig, client, parse_reply
 from lacer.search.llm.reply import find_json, to_point
 from lacer.search.llm.words import quoted
@@ -388,3 +390,37 @@ def test_exhausted_space_needs_no_model() -> None:
     made = Lacer(llm=LLMConfig(model="openai:x", base_url="http://127.0.0.1:9/v1")).propose(study, 1)
     assert made[0].designer == "evolution"
     assert "every encoder" in made[0].rationale
+
+
+def test_dollars_are_those_of_the_time(serve: Any, study: Study, tmp_path: Path) -> None:
+    """A run that goes on with another model has spent what the earlier one took."""
+    dear = designer(serve(answer(spec(128))), tmp_path, price_in=1000.0, price_out=4000.0)  # 1.40 dollars
+    record(study, dear.propose(study, 1))
+    for price, limit, goes_on in ((0.1, 1.5, True), (0.1, 1.3, False), (100_000.0, 1.5, True)):
+        server = serve(answer(spec(16)))
+        d = designer(server, tmp_path / "x", price_in=price, price_out=price, cost_limit=limit, fallback="random")
+        shutil.rmtree(tmp_path / "x", ignore_errors=True)
+        (tmp_path / "x").mkdir()
+        shutil.copy(tmp_path / "llm_transcript.jsonl", tmp_path / "x")
+        [made] = d.propose(study, 1)
+        assert len(server.requests) == goes_on, (price, limit)
+        assert ("1.40 of 1.30 US dollars" in made.rationale) != goes_on
+
+
+def test_stopping_loses_no_tokens(serve: Any, study: Study) -> None:
+    """An answer that was paid for before the model failed is charged to a rejected proposal."""
+    class TwoSteps(Lacer):
+        name = "two-steps"
+
+        def design(self, turn: Turn, k: int) -> None:
+            for step in ("think", "write"):
+                turn.ask(step, "go on", dict, lambda reply: ())
+
+    server = serve({"text": "thoughts"}, {"status": 401})
+    d = TwoSteps(0, llm=LLMConfig(model="openai:scripted", base_url=server.url, fallback="stop"))
+    with pytest.raises(DesignerStopped) as stopped:
+        d.propose(study, 1)
+    [paid] = stopped.value.proposals
+    assert (paid.point, paid.designer, paid.meta["tokens_in"], paid.meta["requests"]) == (None, "two-steps", 1000, 2)
+    record(study, [paid])
+    assert study.trials[-1].tokens == 1100

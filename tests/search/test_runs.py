@@ -258,6 +258,9 @@ def test_plan_of_equal_steps() -> None:
     e = estimate(plan(config), Speed(100.0, 0.0, 100.0, 0.0))
     assert (e.candidates, e.designer_steps) == (1, 1000), "evaluations count"
     assert e.limits == ("max_env_steps 2,600",)
+    asked = validate({**TINY, "designer": "lacer", "llm": "openai:x", "max_env_steps": TINY["protocol"]["steps"]}, "x")
+    e = estimate(plan(asked), Speed(100.0, 0.0, 100.0, 0.0))
+    assert (e.candidates, e.requests, e.tokens) == (1, 0, 0), "the expert's encoder is evaluated in any case"
 
 
 @pytest.mark.slow

@@ -12,7 +12,9 @@ import subprocess
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
@@ -20,10 +22,15 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lacer.agents import load
+from lacer.agents import Evaluation, Protocol, RunRequest, load
 from lacer.agents.stats import mean_interval
 from lacer.envs import LacerError, make
 from lacer.search import search
+from lacer.search.config import SearchConfig, resumed
+from lacer.search.executors import InProcess, Job
+from lacer.search.files import write_whole
+from lacer.search.loop import WITHOUT_LLM, plan, provenance
+from lacer.search.runs import read_run
 from tests.search.conftest import TINY, Lacer, Start
 from tests.search.llm_server import Served
 from tests.search.offline_wandb import read
@@ -379,3 +386,62 @@ def test_a_video_is_recorded_once(tmp_path: Path) -> None:
     (folder / "best" / "frames.json").unlink()
     search(resume=folder, quiet=True)
     assert video.stat().st_mtime_ns > before
+
+
+def test_the_final_training_is_of_the_winner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed search finds a better encoder and is interrupted before that is trained: nothing of the earlier winner
+    is taken for its result."""
+    interrupt, scores = False, iter(range(1, 100))
+    evaluate = InProcess._evaluate
+
+    def rising(self: InProcess, job: Job, report: Any) -> Evaluation:
+        assert isinstance(job, RunRequest)
+        if interrupt and job.save_to is not None:
+            raise KeyboardInterrupt
+        e = evaluate(self, job, report)
+        final = job.protocol.eval_seed != TINY["protocol"].get("eval_seed", Protocol().eval_seed)
+        return e if final else e.model_copy(update={"objective": float(next(scores))})
+
+    monkeypatch.setattr(InProcess, "_evaluate", rising)
+    folder = tmp_path / "run"
+    options = {**TINY, "designer": "random", "executor": "inprocess", "wandb": "off"}
+    first = search(**{**options, "candidates": 1}, out=folder, quiet=True)
+    assert first.outcome.winner == 0
+    assert read_run(folder).attrs["expert"], "the expert's encoder won: its result is stored under that name too"
+    interrupt = True
+    with pytest.raises(KeyboardInterrupt):
+        search(resume=folder, candidates=2, quiet=True)
+    stored = read_run(folder)
+    assert stored.winner is not None
+    assert stored.winner.trial.number == 1
+    assert "winner" not in stored.finals
+    assert not (folder / "best").exists()
+    interrupt = False
+    last = search(resume=folder, quiet=True).outcome
+    assert last.winner == 1
+    assert last.finals["winner"].returns != first.outcome.finals["winner"].returns
+    assert load(folder / "best").spec == last.trials[1].spec
+    assert last.finals["expert"].returns == first.outcome.finals["expert"].returns
+
+
+def test_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert provenance(SearchConfig(env="lacer/KnownSources-v0"))["git"] is None
+
+
+def test_a_resumed_search_keeps_its_designer(tmp_path: Path) -> None:
+    """`auto` depends on whether there is a model, and one may be given later."""
+    search(**{**TINY, "designer": "auto", "candidates": 1, "executor": "inprocess", "wandb": "off"},
+           out=tmp_path / "run", quiet=True)
+    assert plan(resumed(SearchConfig, tmp_path / "run", {"llm": "openai:x"})).designer == WITHOUT_LLM
+
+
+def test_files_that_several_processes_write(tmp_path: Path) -> None:
+    def write(i: int) -> None:
+        for _ in range(50):
+            write_whole(tmp_path / "file", str(i) * 1000)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    assert len(set((tmp_path / "file").read_text())) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]

@@ -354,3 +354,10 @@ def test_tnb101_macro_has_strings_of_several_lengths() -> None:
         assert space.from_ncode(space.to_ncode(p)) == p
     assert set(lengths) == {4, 5, 6}
     assert Counter(len(space.to_string(q)) for q in space.points()) == Counter(map(len, strings))
+
+
+def test_options_that_are_equal() -> None:
+    with pytest.raises(LacerError, match="must be different"):
+        SearchSpace([Decision("x", (1, 1.0))])
+    space = SearchSpace([Decision("x", (1, True))])
+    assert [space.to_ncode({"x": o}) for o in (1, True, 1.0)] == ["0", "1", "0"]
