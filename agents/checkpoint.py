@@ -134,4 +134,5 @@ def load(folder: str | Path, env_kwargs: Mapping[str, Any] | None = None, text_m
         raise LacerError(f"{folder}: the weights do not fit the encoder: {str(e)[:300].strip(' .')}"
                          f"{_versions(evaluation)}") from None
     policy.set_training_mode(False)
+    policy.features_extractor.encoder.bf16 = "bf16" in ppo.shortcuts  # type: ignore[union-attr]
     return Agent(policy, spec, card, table, request, evaluation)

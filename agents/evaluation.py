@@ -97,6 +97,15 @@ class Protocol(BaseModel):
         return self
 
 
+def check_seeds(seed: int, protocol: Protocol) -> None:
+    """Raises LacerError if a training that begins with a seed would play episodes of its evaluation: environment ``i``
+    begins with ``seed + i``."""
+    first, last = protocol.eval_seed, protocol.eval_seed + protocol.eval_episodes - 1
+    if seed <= last and seed + protocol.ppo.n_envs > first:
+        raise LacerError(f"seed {seed} is among the evaluation's, {first} to {last} (protocol.eval_seed and "
+                         "eval_episodes), which a training must not play: choose another one")
+
+
 class WarmStart(BaseModel):
     """Weights that a run begins with.
 

@@ -24,6 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lacer.agents.gradient import Figures, Gradient
 from lacer.agents.rollout import SourceRolloutBuffer
+from lacer.envs import LacerError
 
 T = TypeVar("T")
 
@@ -55,6 +56,7 @@ class CompositePPO(PPO):
 
     Raises:
         Diverged: in ``learn``, as soon as a loss, a gradient or an action is not finite.
+        LacerError: in ``learn``, for a reward that is not finite.
     """
 
     def __init__(self, *args: Any, parts: int = 1, overlap: bool = False, batched_ends: bool = False,
@@ -66,6 +68,11 @@ class CompositePPO(PPO):
         self._actor: ActorCriticPolicy | None = None
         kwargs.setdefault("rollout_buffer_class", SourceRolloutBuffer)
         super().__init__(*args, **kwargs)
+
+    @staticmethod
+    def _wrap_env(env: Any, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        """Nothing is wrapped: SB3 would turn pictures with more channels than rows or columns round."""
+        return cast(VecEnv, env)
 
     def _setup_model(self) -> None:
         super()._setup_model()
@@ -139,6 +146,9 @@ class CompositePPO(PPO):
         if isinstance(self.action_space, spaces.Box):
             clipped_actions = np.clip(actions, self.action_space.low, self.action_space.high)
         new_obs, rewards, dones, infos = env.step(clipped_actions)
+        if not math.isfinite(float(rewards.sum())):
+            raise LacerError(f"the environment gave the reward {rewards[~np.isfinite(rewards)][0]:g} (after "
+                             f"{self.num_timesteps:,} steps)")
         if not tell({"actions": actions, "clipped_actions": clipped_actions, "values": values, "log_probs": log_probs,
                      "new_obs": new_obs, "rewards": rewards, "dones": dones, "infos": infos, "n_steps": n_steps}):
             return False
@@ -260,12 +270,13 @@ class CompositePPO(PPO):
             self._plain = not self._statistics
             if self._plain:
                 obs = obs_as_tensor(cast(Any, self._last_obs), self.device)
-                state = torch.get_rng_state()
+                devices = [self.device] if self.device.type == "cuda" else []
                 self.policy.set_training_mode(True)
-                with torch.no_grad():
+                with torch.random.fork_rng(devices), torch.no_grad():
+                    state = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
                     self.policy.extract_features(cast(Any, obs))
-                self._plain = torch.equal(state, torch.get_rng_state())
-                torch.set_rng_state(state)
+                    drawn = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+                self._plain = all(map(torch.equal, state, drawn))
         return self._plain
 
     def _side_by_side(self, f: Callable[..., T], arguments: list[tuple[Any, ...]]) -> list[T]:

@@ -57,6 +57,8 @@ class Kept(BaseCallback):
 def learn(model: PPO, request: RunRequest, table: TextTable, callbacks: list[Kept]) -> None:
     """Trains a candidate for the steps of its protocol, or until the request's pause; in parts if it asks for
     checkpoints or pauses, going on from ``request.checkpoint`` if that is of this very training."""
+    for callback in callbacks:
+        callback.model = model  # they are asked for more even if a checkpoint holds all of the training
     protocol = request.protocol
     rollout = protocol.ppo.n_envs * protocol.ppo.n_steps
     job = json.loads(request.model_dump_json(exclude={"checkpoint", "save_to", "until", "keep_checkpoint"}))

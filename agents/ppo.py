@@ -16,7 +16,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.logger import Logger
 
 from lacer.agents.checkpoint import save_agent
-from lacer.agents.evaluation import Cost, Evaluation, PPOConfig, Protocol, RunRequest
+from lacer.agents.evaluation import Cost, Evaluation, PPOConfig, Protocol, RunRequest, check_seeds
 from lacer.agents.learner import CompositePPO, Diverged
 from lacer.agents.parts import Kept, learn, take_weights
 from lacer.agents.policy import CompositeExtractor, CompositePolicy, policy_kwargs
@@ -143,11 +143,14 @@ def run(request: RunRequest, report: Report = lambda _: None, *, start_method: S
         start_method: how environment processes are started.
 
     Raises:
-        LacerError: if the request is wrong (unknown environment, an encoder that does not fit).
+        LacerError: if the request is wrong (unknown environment, an encoder that does not fit, training seeds among the
+            evaluation's, an environment without the objective's metric).
     """
+    check_seeds(request.seed, request.protocol)
     card = task_card(request.env, **request.env_kwargs)
     spec = None if request.encoder is None else EncoderSpec.parse(request.encoder, card)
-    table = TextTable(request.text_model, singly=request.in_parts)
+    # Embeddings' last bits depend on their batch, and what is in a batch here would depend on the threads' times.
+    table = TextTable(request.text_model, singly=request.in_parts or "overlap" in request.protocol.ppo.shortcuts)
     stays = False
     try:
         result = attempt(lambda: _run(request, card, spec, table, report, start_method), request.seed)
@@ -204,6 +207,10 @@ def _run(request: RunRequest, card: TaskCard, spec: EncoderSpec | None, table: T
             progress.check()
         except Hopeless as e:
             hopeless = str(e)
+        except LacerError as e:
+            if model is None:
+                raise
+            return Evaluation.failure(str(e), request.seed, cost=Cost(env_steps=model.num_timesteps))
         finally:
             close_vec(env)
         curve = progress.curve
@@ -302,7 +309,7 @@ def evaluate(model: Any, card: TaskCard, table: TextTable, env_id: str, env_kwar
     card.action_space.seed(protocol.eval_seed)
     try:
         obs = env.reset()
-        infos: list[dict[str, Any]] = [dict(i) for i in env.venv.reset_infos]
+        states = [dict(i.get("state", {})) for i in env.venv.reset_infos]  # environments may change theirs in place
         while any(left):
             if model is not None:
                 action, _ = model.predict(obs, deterministic=True)
@@ -310,15 +317,15 @@ def evaluate(model: Any, card: TaskCard, table: TextTable, env_id: str, env_kwar
                 action = np.stack([card.noop] * n)
             else:
                 action = np.stack([card.action_space.sample() for _ in range(n)])
-            before, known = obs, infos
-            obs, reward, done, news = env.step(action)  # type: ignore[assignment]
-            infos = list(news)  # SubprocVecEnv gives a tuple
+            before, known = obs, states
+            obs, reward, done, infos = env.step(action)  # type: ignore[assignment]
+            states = [dict(i.get("state", {})) for i in infos]
             total += reward
             for i in range(n):
                 if not left[i]:
                     continue
                 out.rows["obs"].append({k: v[i] for k, v in before.items()})
-                out.rows["state"].append(known[i].get("state", {}))
+                out.rows["state"].append(known[i])
                 out.rows["reward"].append(float(reward[i]))
                 out.rows["episode"].append(int(infos[i]["episode_seed"]))
                 if done[i]:
@@ -331,7 +338,7 @@ def evaluate(model: Any, card: TaskCard, table: TextTable, env_id: str, env_kwar
                     total[i] = 0.0
                     left[i] -= 1
                     # After an automatic reset the observation belongs to the new episode, and so must the state.
-                    infos[i] = dict(env.venv.reset_infos[i])
+                    states[i] = dict(env.venv.reset_infos[i].get("state", {}))
     finally:
         close_vec(env)
     for seed in seeds:
@@ -340,4 +347,5 @@ def evaluate(model: Any, card: TaskCard, table: TextTable, env_id: str, env_kwar
         out.returns.append(value)
         for key, v in metrics.items():
             out.metrics.setdefault(key, []).append(v)
+    out.metrics = {k: v for k, v in out.metrics.items() if len(v) == len(seeds)}  # others belong to no episode's seed
     return out

@@ -260,16 +260,18 @@ class Probing(Kept):
         self.seconds, self.steps = 0.0, 0
         self._points = sorted({round(share * protocol.steps) for share in protocol.probe_at})
         self._states: list[list[dict[str, Any]]] = []
+        self._rewards: list[np.ndarray] = []  # those of the buffer hold the value of the rest of a truncated episode
         self._last: list[dict[str, Any]] = []
         self._kept: list[Rows] = []
         self._episodes: Any = 0
 
     def data(self) -> dict[str, Any]:
-        return {"curve": self.curve, "seconds": self.seconds}
+        return {"curve": self.curve, "seconds": self.seconds, "gradient": self.gradient}
 
     def load(self, data: Mapping[str, Any]) -> None:
         self.curve = [(int(n), dict(probes)) for n, probes in data["curve"]]
         self.seconds = float(data["seconds"])
+        self.gradient = {str(k): float(v) for k, v in data["gradient"].items()}
         self._points = [p for p in self._points if not self.curve or p > self.curve[-1][0]]
 
     def _on_training_start(self) -> None:
@@ -281,11 +283,12 @@ class Probing(Kept):
         return list(getattr(self.training_env, "venv", self.training_env).reset_infos)
 
     def _on_rollout_start(self) -> None:
-        self._states = []
+        self._states, self._rewards = [], []
 
     def _on_step(self) -> bool:
         if self._points:
             self._states.append(self._last)
+            self._rewards.append(np.array(self.locals["rewards"], np.float32))
             # After an automatic reset the next observation belongs to the new episode, and so must the state.
             new, begun = self.locals["infos"], self._reset_infos()
             self._last = [dict((begun[i] if done else new[i]).get("state", {}))
@@ -351,7 +354,7 @@ class Probing(Kept):
         groups = episodes + 1e9 * np.arange(buffer.n_envs)
         return Rows({k: v[step, env] for k, v in buffer.observations.items()},
                     {k: v[keep] for k, v in _states([s for row in self._states for s in row]).items()},
-                    buffer.rewards[step, env], buffer.returns[step, env], groups[step, env])
+                    np.stack(self._rewards)[step, env], buffer.returns[step, env], groups[step, env])
 
     def _stop(self, sample: Sample, steps: int) -> None:
         p = self.protocol

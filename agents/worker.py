@@ -17,8 +17,10 @@ import importlib
 import json
 import os
 import select
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ class Channel:
     def __init__(self) -> None:
         self._fd = os.dup(1)
         os.dup2(2, 1)
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
 
     def send(self, message: dict[str, Any]) -> None:
         # The first line break ends what a run that was killed while it wrote may have left.
@@ -59,11 +62,13 @@ def _first_to_be_killed() -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 
-def _child(channel: Channel, key: str, request: Job) -> None:
-    """Runs a request in the forked process; never returns."""
+def _child(channel: Channel, key: str, request: Job, folder: str) -> None:
+    """Runs a request in the forked process, which keeps its temporary files in a folder; never returns."""
     os.setsid()
     _die_with_parent()
     _first_to_be_killed()
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the requests are not for it to read
+    os.environ["TMPDIR"] = tempfile.tempdir = folder
     try:
         if isinstance(request, Call):
             evaluation = perform(request)
@@ -75,12 +80,14 @@ def _child(channel: Channel, key: str, request: Job) -> None:
             from lacer.agents.ppo import run
 
             evaluation = run(request, lambda p: channel.send({"key": key, "progress": p}), start_method="fork")
+        result = evaluation.model_dump(mode="json")
     except LacerError as e:
-        evaluation = Evaluation.failure(str(e), request.seed)
+        result = Evaluation.failure(str(e), request.seed).model_dump(mode="json")
     except BaseException as e:  # a result too, with its reason; the traceback goes to the log
         sys.excepthook(type(e), e, e.__traceback__)
-        evaluation = Evaluation.failure(f"{type(e).__name__}: {e}", request.seed)
-    channel.send({"key": key, "evaluation": evaluation.model_dump(mode="json")})
+        result = Evaluation.failure(f"{type(e).__name__}: {e}", request.seed).model_dump(mode="json")
+    channel.send({"key": key, "evaluation": result})
+    sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
 
@@ -162,7 +169,7 @@ def memory_of(pid: int) -> float:
     return total + sum(map(memory_of, _children(pid)))
 
 
-PRELOADED = ("lacer.agents.ppo", "sklearn.linear_model", "scipy.spatial.distance")
+PRELOADED = ("lacer.agents.ppo", "sklearn.linear_model", "scipy.spatial.distance", "lacer.envs.traffic.network")
 """What runs and probes import, loaded before the first run."""
 
 
@@ -190,12 +197,13 @@ def main() -> None:
         _die_with_parent(False)  # from now on what runs is killed first
     channel.send({"ready": os.getpid()})
     buffer = b""
-    child, key, deadline, seed, memory, look = 0, "", 0.0, 0, None, 0.0
+    child, key, deadline, seed, memory, look, folder = 0, "", 0.0, 0, None, 0.0, ""
 
     def end(reason: str) -> None:
         kill_group(child)
         os.waitpid(child, 0)
         _end_orphans()
+        shutil.rmtree(folder, ignore_errors=True)
         channel.send({"key": key, "evaluation": Evaluation.failure(reason, seed).model_dump(mode="json")})
 
     while True:
@@ -204,6 +212,7 @@ def main() -> None:
             if pid:
                 kill_group(child)  # environment processes that outlived it
                 _end_orphans()
+                shutil.rmtree(folder, ignore_errors=True)
                 if not os.WIFEXITED(status) or os.WEXITSTATUS(status):
                     how = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit {status >> 8}"
                     failure = Evaluation.failure(f"the run's process was killed ({how})", seed)
@@ -214,7 +223,8 @@ def main() -> None:
                 child = 0
             elif memory and time.monotonic() > look:
                 look = time.monotonic() + MEMORY_INTERVAL
-                if (used := memory_of(child)) > memory:
+                # With what the run started and left to this process, in whose care it is.
+                if (used := sum(map(memory_of, _children(os.getpid())))) > memory:
                     end(f"out of memory: it used {used:.2f} GB, the limit is {memory:.2f} GB")
                     child = 0
         if not child and b"\n" in buffer:
@@ -225,9 +235,10 @@ def main() -> None:
             gc.collect()
             key, seed, deadline = message["key"], request.seed, time.monotonic() + message["timeout"]
             memory, look = message.get("memory"), 0.0
+            folder = tempfile.mkdtemp(prefix="lacer-run-")
             child = os.fork()
             if not child:
-                _child(channel, key, request)
+                _child(channel, key, request, folder)
             continue
         watched = [0, *_exit_of(child)] if child else [0]
         ready, _, _ = select.select(watched, [], [], 0.05 if child else None)
@@ -240,6 +251,7 @@ def main() -> None:
             if child:
                 kill_group(child)
             _end_orphans()
+            shutil.rmtree(folder, ignore_errors=True)
             return
         buffer += data
 

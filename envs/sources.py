@@ -118,8 +118,14 @@ class TaskCard:
                              f"{a}")
         if isinstance(a, spaces.Box) and not (np.isfinite(a.low).all() and np.isfinite(a.high).all()):
             raise LacerError(f"{self.env_id}: the bounds of the action space {a} must be finite")
-        if isinstance(a, spaces.Discrete) and a.start != 0:
+        if isinstance(a, spaces.Discrete | spaces.MultiDiscrete) and np.any(a.start != 0):
             raise LacerError(f"{self.env_id}: the actions must count from 0, not from {a.start}")
+        if isinstance(a, spaces.Box) and a.dtype.kind != "f":
+            raise LacerError(f"{self.env_id}: a Box of actions must hold floats, not {a.dtype}; for whole numbers "
+                             "there is MultiDiscrete")
+        if isinstance(a, spaces.MultiDiscrete | spaces.MultiBinary) and len(a.shape) != 1:
+            raise LacerError(f"{self.env_id}: the action space {a} must have one dimension, not {len(a.shape)}: "
+                             "flatten it in the environment")
 
     @property
     def observation_space(self) -> spaces.Dict:

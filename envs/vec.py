@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -82,6 +85,22 @@ class _InProcess(DummyVecEnv):
         return {key: buffer.copy() for key, buffer in self.buf_obs.items()}
 
 
+def die_with(parent: int) -> None:
+    """From now on this process ends when its parent is killed (Linux)."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() != parent:  # it is gone already
+            os._exit(1)
+
+
+def _owned(make_env: Callable[[], gym.Env], parent: int) -> gym.Env:
+    """Makes the environment of a forked process. Each of these holds the ends of all pipes, so that none would see that
+    who steps it has been killed."""
+    die_with(parent)
+    return make_env()
+
+
 def make_one(env_id: str, kwargs: dict[str, Any], seeds: Sequence[int] | None = None) -> gym.Env:
     """One environment as vectorised ones hold it: numeric observations, SB3's Monitor, given seeds if any."""
     env: gym.Env = TextAsBytes(make(env_id, **kwargs))
@@ -123,6 +142,8 @@ def make_vec(
         for i in range(n)]
     if one_per_process:
         default = "spawn" if sys.platform == "win32" else "forkserver"
+        if start_method == "fork":
+            fns = [partial(_owned, f, os.getpid()) for f in fns]
         venv: VecEnv = SubprocVecEnv(fns, start_method=start_method or default)
     else:
         venv = _InProcess(fns)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
+from dataclasses import replace
 from typing import Any
 
 import gymnasium as gym
@@ -148,6 +149,46 @@ class LeavesProcess(Tiny):
         return super().reset(**kwargs)
 
 
+class ReusesState(Tiny):
+    """Has one dict for its state, which it changes; and a picture with more channels than rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._state: dict[str, float] = {}
+        picture = SourceSpec("picture", "image", spaces.Box(0, 255, (8, 8, 12), np.uint8), "Many channels.")
+        self.task_card = replace(self.task_card, sources={**self.task_card.sources, "picture": picture})
+        self.observation_space = self.task_card.observation_space
+
+    def _obs(self) -> dict[str, Any]:
+        return {**super()._obs(), "picture": np.full((8, 8, 12), self._t, np.uint8)}
+
+    def reset(self, **kwargs: Any) -> tuple[dict, dict]:
+        obs, info = super().reset(**kwargs)
+        self._state["step"] = 0.0
+        return obs, {**info, "state": self._state}
+
+    def step(self, action: Any) -> tuple[dict, float, bool, bool, dict]:
+        *rest, info = super().step(action)
+        self._state["step"] = float(self._t)
+        return (*rest, {**info, "state": self._state})
+
+
+class SeesNothing(Tiny):
+    """NaN in an observation."""
+
+    def _obs(self) -> dict[str, Any]:
+        return {**super()._obs(), "numbers": np.full(2, np.nan, np.float32)}
+
+
+class Prints(Tiny):
+    """Prints, and asks whoever started it."""
+
+    def step(self, action: Any) -> tuple[dict, float, bool, bool, dict]:
+        print("seen in the log")
+        input()
+        return super().step(action)
+
+
 class NoCard(gym.Env):
     """An ordinary Gymnasium environment."""
 
@@ -163,5 +204,5 @@ class BadConstructor(Tiny):
 
 
 for _cls in (Tiny, OnePerProcess, NoMetrics, Raises, RaisesInItsProcess, NotFinite, Slow, Leaks, Hangs,
-             LeavesProcess, NoCard, BadConstructor):
+             LeavesProcess, ReusesState, SeesNothing, Prints, NoCard, BadConstructor):
     register_env(f"helper/{_cls.__name__}-v0", f"helper_envs:{_cls.__name__}", (_cls.__doc__ or "").split("\n")[0])

@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from lacer.envs.errors import UnknownNameError
+from lacer.envs.errors import LacerError, UnknownNameError
 from lacer.envs.inference import Declared, Description, Part, leaf
 from lacer.envs.sources import SourceSpec
 
@@ -36,6 +36,9 @@ def describe(env: gym.Env, said: Mapping[str, Declared | None]) -> Description:
     for name in said:
         if name not in space.spaces:
             raise UnknownNameError("source", name, space.spaces)
+        if name == "image" and (said[name] or {}).get("modality", "image") != "image":
+            raise LacerError("source 'image' is a picture here; only its description and history can be changed, or it "
+                             "can be left out with None")
     world: Any = env.unwrapped
     parts = []
     for name in ("image", "direction", "mission", *(n for n in space.spaces if n not in _TEXTS)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -177,6 +178,7 @@ class MixedTrafficEnv(gym.Env):
         self._detectors = sensors.Detectors(
             self.road, detector_noise, p["incident_segments"] if "traffic" in self._carriers else ())
         self._client: Client = "gui" if render_mode == "human" else client
+        self._process = os.getpid()
         self._sim: Simulation | None = None
         self._folder: Path | None = None
         self._net: Path | None = None
@@ -265,6 +267,7 @@ class MixedTrafficEnv(gym.Env):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
         super().reset(seed=seed)
+        self._disown()
         if self._sim is not None:
             self._sim.close()
             self._sim = None
@@ -296,7 +299,8 @@ class MixedTrafficEnv(gym.Env):
         width = self._detectors.summary + len(self._counted) * road.lanes + n_act
         self._history = np.zeros((self.history_length, width), np.float32)
         self._action = [0.0] * n_act
-        remembered = min(self.history_length, int(self.warm_up / self.control_interval)) - 1 if self._counted else 0
+        intervals = min(self.history_length, int(self.warm_up / self.control_interval))
+        remembered = max(0, intervals - 1) if self._counted else 0
         self._sim.run(self.warm_up - remembered * self.control_interval)
         for _ in range(remembered):
             self._read_detectors()
@@ -355,12 +359,19 @@ class MixedTrafficEnv(gym.Env):
 
     def close(self) -> None:
         """End the simulation and give the process's place to other environments; ``reset`` starts anew."""
+        self._disown()
         if getattr(self, "_sim", None) is not None:
             self._sim.close()  # type: ignore[union-attr]
             self._sim = None
         if getattr(self, "_folder", None) is not None:
             shutil.rmtree(self._folder, ignore_errors=True)  # type: ignore[arg-type]
             self._folder = None
+
+    def _disown(self) -> None:
+        """A forked process only inherits the object: simulation and files are its parent's."""
+        if getattr(self, "_process", None) != os.getpid():
+            self._sim = self._folder = None
+            self._process = os.getpid()
 
     def __del__(self) -> None:
         self.close()

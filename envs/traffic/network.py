@@ -186,11 +186,14 @@ def sumo_version() -> str:
         raise LacerError(_INSTALL) from e
 
 
+_TEMPORARY = tempfile.gettempdir()  # not a run's own, which goes with it
+
+
 def _cache_folders() -> Iterator[Path]:
     if chosen := os.environ.get("LACER_CACHE"):
         yield Path(chosen) / "networks"
     yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lacer" / "networks"
-    yield Path(tempfile.gettempdir()) / f"lacer-{os.getuid() if hasattr(os, 'getuid') else 'user'}" / "networks"
+    yield Path(_TEMPORARY) / f"lacer-{os.getuid() if hasattr(os, 'getuid') else 'user'}" / "networks"
 
 
 def _netconvert(home: Path, plain: dict[str, str], target: Path) -> None:

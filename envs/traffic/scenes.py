@@ -105,6 +105,8 @@ def check(p: Mapping[str, Any]) -> None:
         else:
             low, high = HUMANS[name]
             need(number(value) and low <= value <= high, "humans", f"such that {low:g} <= {name} <= {high:g}")
+    for name in ("control_interval", "warm_up", "horizon"):
+        need(number(p[name]) and np.isfinite(p[name]), name, "a finite number of seconds")
     step, control = p["step_length"], p["control_interval"]
     need(0.1 <= step <= 1 and abs(REAPPLY / step - round(REAPPLY / step)) < 1e-6, "step_length",
          f"between 0.1 and 1 and a part of {REAPPLY:g} s")

@@ -77,6 +77,11 @@ def lane_name(lane: int, lanes: int) -> str:
     return ("", "second", "third", "fourth", "fifth", "sixth", "seventh")[lane] + " from the right"
 
 
+def _km(metres: float) -> str:
+    """Two digits; three beyond ten kilometres."""
+    return f"{metres / 1000:.{2 if metres < 9950 else 3}g}"
+
+
 def message(
     road: Motorway, wordings: Literal["train", "held_out"], pick: float, incident: Incident | None, order: Order
 ) -> str:
@@ -90,5 +95,5 @@ def message(
     elif kind == "speed_limit":
         a = road.starts[order.segment + 1]
         b = a + road.stretches[order.segment + 1].length
-        values = {"speed": round(order.speed * 3.6), "a": f"{a / 1000:.2g}", "b": f"{b / 1000:.2g}"}
+        values = {"speed": round(order.speed * 3.6), "a": _km(a), "b": _km(b)}
     return choices[int(pick * len(choices))].format(**values)

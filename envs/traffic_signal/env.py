@@ -100,6 +100,7 @@ class TrafficSignalEnv(gym.Env):
         self.junction = Junction(self._net)
         self._world: Any = None
         self._folder: Path | None = None
+        self._owner = os.getpid()
 
         width = self.junction.greens + 1 + 2 * len(self.junction.lanes)
         self.action_space = spaces.Discrete(self.junction.greens)
@@ -139,7 +140,8 @@ class TrafficSignalEnv(gym.Env):
         self._episode: Episode = draw_episode(
             self.np_random, horizon=self.horizon, flow=self.flow,  # type: ignore[arg-type]
             bus_flow=self.bus_flow, order_weights=self.order_weights, wordings=self.wordings)
-        if self._folder is None:
+        if self._folder is None or self._owner != os.getpid() or not self._folder.is_dir():
+            self._owner = os.getpid()
             self._folder = Path(tempfile.mkdtemp(prefix="lacer-signal-"))
         routes = self._folder / "routes.xml"
         self._waited = np.zeros(3)  # all, favoured, all in numbers of vehicles standing; vehicle-seconds
@@ -246,7 +248,7 @@ class TrafficSignalEnv(gym.Env):
     def close(self) -> None:
         """End the simulation and give the process's place to other environments; ``reset`` starts anew."""
         self._stop()
-        if getattr(self, "_folder", None) is not None:
+        if getattr(self, "_folder", None) is not None and self._owner == os.getpid():  # a forked process inherits it
             shutil.rmtree(self._folder, ignore_errors=True)  # type: ignore[arg-type]
             self._folder = None
 

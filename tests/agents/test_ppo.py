@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import helper_envs
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from safetensors.torch import load_file, save_file
 
 from lacer.agents import Evaluation, PPOConfig, Protocol, RunRequest, load, run
@@ -336,7 +338,7 @@ def test_a_diverging_candidate_is_a_failed_evaluation(rate: float, capfd: pytest
 def test_rewards_that_are_not_finite_are_a_failed_evaluation() -> None:
     e = run(small("NotFinite"))
     assert e.status == "failed"
-    assert "diverged" in e.reason
+    assert e.reason == "the environment gave the reward nan (after 0 steps)"
     e = run(small("NotFinite", encoder=None))
     assert e.status == "failed"
     assert "not finite" in e.reason
@@ -422,3 +424,46 @@ def test_mean_interval() -> None:
     assert (low, high) == pytest.approx((mean - 1.96 * np.std(x) / 10, mean + 1.96 * np.std(x) / 10), abs=0.05)
     assert mean_interval(x) == (mean, iqm, low, high)
     assert mean_interval([3.0]) == (3, 3, 3, 3)
+
+
+def helper(env: str, **kwargs: Any) -> RunRequest:
+    return RunRequest(env=f"helper_envs:helper/{env}-v0", text_model="hash", protocol=Protocol(
+        steps=64, eval_episodes=3, ppo=PPOConfig(n_envs=2, n_steps=16, batch_size=32, n_epochs=1, head=(8,))), **kwargs)
+
+
+def test_pictures_with_more_channels_than_rows() -> None:
+    e = run(helper("ReusesState", encoder={"sources": {"picture": {"block": "cnn"}}, "fusion": {"block": "concat"}}))
+    assert e.ok, e.reason
+
+
+def test_states_that_an_environment_changes_in_place() -> None:
+    request = helper("ReusesState", encoder=None)
+    card = task_card(request.env)
+    rows = evaluate(None, card, TextTable("hash"), request.env, {}, request.protocol).rows
+    assert [s["step"] for s in rows["state"]] == [float(o["picture"].max()) for o in rows["obs"]]
+    assert {s["step"] for s in rows["state"]} == {0, 1, 2, 3}
+
+
+def test_an_environment_that_fails_is_a_failed_evaluation() -> None:
+    e = run(helper("SeesNothing", encoder={"sources": {"numbers": {"block": "mlp"}}, "fusion": {"block": "concat"}}))
+    assert e.status == "failed"
+    assert "'numbers' holds NaN" in e.reason
+
+
+@pytest.mark.parametrize(("seed", "wrong"), [(999_998, False), (999_999, True), (1_000_002, True), (1_000_003, False)])
+def test_no_training_plays_the_evaluation(seed: int, wrong: bool) -> None:
+    encoder = {"sources": {"numbers": {"block": "mlp"}}, "fusion": {"block": "concat"}}
+    request = helper("Tiny", seed=seed, encoder=encoder)
+    if wrong:
+        with pytest.raises(LacerError, match=f"seed {seed} is among the evaluation's, 1000000 to 1000002"):
+            run(request)
+    else:
+        assert run(request).ok
+
+
+@pytest.mark.parametrize("space", [
+    spaces.MultiDiscrete([2, 2], start=[1, 1]), spaces.Box(0, 3, (2,), np.int64), spaces.MultiBinary([2, 2]),
+    spaces.MultiDiscrete([[2, 2], [3, 3]])])
+def test_actions_that_ppo_cannot_take(space: spaces.Space) -> None:
+    with pytest.raises(LacerError, match="must"):
+        replace(task_card("helper_envs:helper/Tiny-v0"), action_space=space)

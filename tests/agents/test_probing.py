@@ -356,3 +356,13 @@ def test_a_sound_run_is_not_ended(plain: Evaluation) -> None:
 def test_wrong_protocols(wrong: dict[str, Any], says: str) -> None:
     with pytest.raises(ValidationError, match=says):
         request(**wrong)
+
+
+def test_rewards_in_mid_training_are_the_steps_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PPO adds the value of the rest to the last reward of a truncated episode; one of KnownSources is at most 1."""
+    seen: list[Rows] = []
+    original = probing.take
+    monkeypatch.setattr(probing, "take", lambda policy, rows, *args: (
+        seen.append(rows), original(policy, rows, *args))[1])
+    run(request(steps=1024, probe_at=(0.7,), probes=["reward_probe"]).model_copy(update={"env_kwargs": {"horizon": 4}}))
+    assert 0 < seen[0].reward.max() <= 1 + 1e-6

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lacer.agents import Evaluation, PPOConfig, Protocol, RunRequest, run
+from lacer.agents import Evaluation, PPOConfig, Protocol, RunRequest, ppo, run
 from lacer.agents.parts import read_state
 
 KNOWN = RunRequest(
@@ -98,3 +98,24 @@ def test_a_checkpoint_that_is_damaged_or_of_another_training_is_not_used(
     taken: list[int] = []
     assert run(request, lambda p: taken.append(p["steps"])).ok
     assert taken[0] == 32, "it began anew"
+
+
+def test_killed_after_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is left to train: evaluation and probes follow, the gradient's shares of the last update among them."""
+    request = KNOWN.model_copy(update={"protocol": KNOWN.protocol.model_copy(update={"probes": None})})
+    quiet = run(request)
+    request = request.model_copy(update={"checkpoint": str(tmp_path / "0.safetensors")})
+
+    def kill(*args: Any) -> Any:
+        raise Killed
+
+    with monkeypatch.context() as m:
+        m.setattr(Path, "unlink", lambda *_, **__: None)
+        m.setattr(ppo, "evaluate", kill)
+        with pytest.raises(Killed):
+            run(request)
+    taken: list[int] = []
+    resumed = run(request, lambda p: taken.append(p["steps"]))
+    assert not taken
+    assert numbers(resumed) == numbers(quiet)
+    assert "gradient_share" in resumed.probes["fused"]

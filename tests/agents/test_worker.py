@@ -265,9 +265,9 @@ def test_kill_9_of_an_environments_process(pool: ProcessPool) -> None:
     assert failed(pool, "env") == "an environment's process died; its error is in the log"
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(pool: ProcessPool) -> None:
+def test_a_reward_that_is_not_finite_ends_the_run(pool: ProcessPool) -> None:
     pool.submit("nan", bad("NotFinite"))
-    assert failed(pool, "nan") == "diverged: NaN or infinite loss in an update after 64 steps", "the first update"
+    assert failed(pool, "nan") == "the environment gave the reward nan (after 0 steps)"
 
 
 def sleepers(seconds: int) -> list[int]:
@@ -292,6 +292,12 @@ def test_what_an_environment_started_and_left_is_gone_too(pool: ProcessPool, mon
     pool.submit("left2", bad("LeavesProcess", seconds=360124).model_copy(update={"protocol": endless}))
     assert failed(pool, "left2") == "time-out"
     assert not [p for p in sleepers(360124) if alive(p)]
+
+
+def test_a_run_has_no_input_and_its_prints_are_kept(pool: ProcessPool) -> None:
+    pool.submit("prints", bad("Prints"))
+    assert "its error is in the log" in failed(pool, "prints"), "it is told that there is no more input"
+    assert "seen in the log" in log(pool)
 
 
 def test_a_killed_worker_is_replaced(pool: ProcessPool) -> None:
@@ -366,3 +372,26 @@ def test_half_a_line_of_a_killed_run_does_no_harm() -> None:
     slot = _Slot.__new__(_Slot)
     slot._read(io.BytesIO(b'\n{"key": "a", "progress": {"ste\n{"key": "a", "evaluation": {}}\n'), events)
     assert [m for _, m in list(events.queue)] == [{"key": "a", "evaluation": {}}, None]
+
+
+def test_environments_die_with_a_killed_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes, though all of them hold the ends of all pipes; and a run that ends leaves no temporary file."""
+    temporary = tmp_path / "t"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    pool = ProcessPool(1, tmp_path / "worker.log", timeout=4)
+    try:
+        request = RunRequest(env="lacer/MixedTraffic-v0", env_kwargs={"scene": "sources"}, text_model="hash",
+                             seed=5, encoder={"sources": {"traffic": {"block": "linear"}}, "fusion": {"block": "concat"}},
+                             protocol=Protocol(steps=1_000_000, eval_episodes=2, ppo=PPO))
+        pool.submit("time", request)
+        assert failed(pool, "time") == "time-out"
+        assert not list(temporary.iterdir())
+        pool.submit("kill", request)
+        first = worker(pool)
+        pids = wait_for(lambda: found if len(found := family(first)) == 4 else None)
+        os.kill(first, signal.SIGKILL)
+        assert events_until_end(pool, "kill")[1].reason == "the worker process died"
+        assert gone(pids)
+    finally:
+        pool.close()

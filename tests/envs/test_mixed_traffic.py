@@ -447,3 +447,12 @@ def test_missing_sumo_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None
 def test_one_per_process_is_announced() -> None:
     assert MixedTrafficEnv.metadata["one_per_process"] is True
     assert gym.spec("lacer/MixedTraffic-v0").entry_point == "lacer.envs.traffic.mixed:MixedTrafficEnv"
+
+
+@pytest.mark.parametrize("warm_up", [0.0, 6.0, 10.0, 30.0])
+def test_the_warm_up_is_as_long_as_it_says(warm_up: float) -> None:
+    env = MixedTrafficEnv("sources", warm_up=warm_up)
+    env.reset(seed=0)
+    assert env._sim is not None
+    assert env._sim.now == warm_up
+    env.close()
