@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ def save_agent(folder: str | Path, policy: Any, spec: EncoderSpec, card: TaskCar
     state = {k: v for k, v in state.items() if not k.startswith(("pi_features_extractor.", "vf_features_extractor."))}
     save_file(state, folder / "policy.safetensors")
     (folder / "encoder.json").write_text(spec.to_json() + "\n", encoding="utf-8")
+    shutil.copymode(folder / "encoder.json", folder / "policy.safetensors")  # safetensors keeps it from others
     about = {
         "format": FORMAT, "layout": _layout(card),
         "request": request.model_dump(mode="json", exclude={

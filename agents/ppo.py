@@ -28,6 +28,9 @@ from lacer.envs.vec import StartMethod, close_vec, make_vec
 
 Report = Callable[[dict[str, Any]], None]
 
+LONGEST_EPISODE = 50_000
+"""Steps after which an evaluation episode is taken for one that never ends."""
+
 
 def versions() -> dict[str, str]:
     """Versions of everything that a result depends on."""
@@ -297,7 +300,7 @@ def evaluate(model: Any, card: TaskCard, table: TextTable, env_id: str, env_kwar
         model: anything with SB3's ``predict``; None plays the task's no-op, or random actions if it has none.
 
     Raises:
-        LacerError: if the environment reports no metrics at the end of an episode.
+        LacerError: if the environment reports no metrics at the end of an episode, or its episodes do not end.
     """
     seeds = [protocol.eval_seed + i for i in range(protocol.eval_episodes)]
     n = min(protocol.ppo.n_envs, len(seeds))
@@ -307,6 +310,7 @@ def evaluate(model: Any, card: TaskCard, table: TextTable, env_id: str, env_kwar
     by_seed: dict[int, tuple[float, dict[str, float]]] = {}
     total = np.zeros(n)
     card.action_space.seed(protocol.eval_seed)
+    played = 0  # steps since the last end of an episode
     try:
         obs = env.reset()
         states = [dict(i.get("state", {})) for i in env.venv.reset_infos]  # environments may change theirs in place
@@ -321,6 +325,10 @@ def evaluate(model: Any, card: TaskCard, table: TextTable, env_id: str, env_kwar
             obs, reward, done, infos = env.step(action)  # type: ignore[assignment]
             states = [dict(i.get("state", {})) for i in infos]
             total += reward
+            played = 0 if done.any() else played + 1
+            if played >= LONGEST_EPISODE:
+                raise LacerError(f"{env_id}: no episode ended within {LONGEST_EPISODE:,} steps; let it end, e.g. by "
+                                 "max_episode_steps in its arguments")
             for i in range(n):
                 if not left[i]:
                     continue

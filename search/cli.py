@@ -219,7 +219,8 @@ def _parser() -> _Parser:
         return p
 
     p = command("search", "search an encoder, train the winner, write a report")
-    p.add_argument("--config", default=None, metavar="FILE", help="YAML file, or preset: quick, full; options win")
+    p.add_argument("--config", default=None, metavar="FILE", help="YAML file, or preset (quick, full, cluster); "
+                   "options win")
     p.add_argument("--resume", default=None, metavar="RUN", help="go on with a run folder")
     p.add_argument("--out", default=None, metavar="FOLDER", help="run folder (default: runs/<date-time-env-designer>)")
     p.add_argument("--quiet", action="store_true", help="print nothing but the result")
@@ -421,6 +422,7 @@ def _search(a: Namespace) -> None:
 def _dry_run(plans: list[tuple[str, Any]], a: Namespace) -> None:
     """Prints what some searches would take; the speed is measured once for each environment."""
     from lacer.search.estimate import Speed, describe, figures, measure
+    from lacer.search.loop import check_expert
 
     if a.measured_steps < 0:
         raise LacerError(f"--measured-steps must be at least 0, not {a.measured_steps}")
@@ -428,6 +430,7 @@ def _dry_run(plans: list[tuple[str, Any]], a: Namespace) -> None:
     speeds = []
     for _, plan in plans:
         c = plan.config
+        check_expert(plan)
         key = json.dumps([c.env, c.env_kwargs, c.protocol.model_dump()], default=str)
         if key not in known:
             if a.measured_steps and not a.quiet:
@@ -482,8 +485,8 @@ def _compare(a: Namespace) -> None:
 
 def _names_a_file(words: list[str]) -> bool:
     """Whether a comparison is to be run, not runs compared. Raises LacerError for several files."""
-    files = [w for w in words if not Path(w).is_dir() and "=" not in w and not (len(words) > 1 and "/" in w
-                                                                              and not w.endswith((".yaml", ".yml")))]
+    files = [w for w in words if not Path(w).is_dir() and not set(w) & set("=*?[") and not (
+        len(words) > 1 and "/" in w and not w.endswith((".yaml", ".yml")))]
     if files and len(words) > 1:
         raise LacerError(f"{files[0]} is no run folder. Give either one comparison's file, or finished runs")
     return bool(files)
@@ -588,7 +591,9 @@ def _train(a: Namespace) -> None:
     if not result.ok:
         print(f"lacer: the training failed: {result.reason}", file=sys.stderr)
         sys.exit(1)
-    print(f"{card.objective.metric} {result.objective:.3f} {card.objective.unit}, return {result.mean_return:.3f} over "
+    o = card.objective
+    also = "" if o.metric == "return" else f", return {result.mean_return:.3f}"
+    print(f"{o.metric} {result.objective:.3f}{' ' + o.unit if o.unit else ''}{also} over "
           f"{a.episodes} held-out episodes, {result.cost.steps_per_second:.0f} steps/s\nAgent: {out}\n"
           f"Next:  lacer evaluate {shlex.quote(str(out))}")
 

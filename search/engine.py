@@ -23,6 +23,10 @@ MAX_REJECTIONS = 50
 """Rejected proposals in a row after which a search ends: the designer has nothing new to offer."""
 
 
+SAME_FAILURES = 5
+"""Candidates that fail with the same reason, before any has a result, after which a search ends: it would go on so."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """What a search may spend; whatever is reached first ends it. None: no limit. Nothing is proposed after that;
@@ -110,6 +114,7 @@ class Engine:
         self._unobserved: list[Trial] = []
         self._observed = 0  # how many of `_order` the designer has been told of, with a lag
         self._rejections = 0
+        self._alike: tuple[str, int] = ("", 0)  # what this session's candidates failed of, one after the other
         self._expected, self._known = expected_steps, False
         self._own = budget.own
         self._env_steps = self._tokens = 0
@@ -152,11 +157,11 @@ class Engine:
                     stopped, proposals = e, list(e.proposals)
                 for proposal in proposals:
                     self._admit(proposal)
-                self._submit(late=stop == "seconds")
-                if stopped is not None and not self._running and (not self._pending or stop == "seconds"):
+                late = stop in ("seconds", "failures")
+                self._submit(late)
+                if stopped is not None and not self._running and (not self._pending or late):
                     raise stopped
-                if stop is not None and not self._running and not asker.busy and (
-                        not self._pending or stop == "seconds"):
+                if stop is not None and not self._running and not asker.busy and (not self._pending or late):
                     return self._why_ended(stop)
                 # After new proposals there may be more to ask for: that does not wait.
                 for event in self.executor.poll(0.0 if proposals else 0.25):
@@ -299,6 +304,10 @@ class Engine:
         trial = self.study.finish(number, evaluation)
         self._env_steps += trial.env_steps - before
         self._learn_cost(trial)
+        if trial.status == "failed":
+            self._alike = (trial.reason, self._alike[1] + 1 if trial.reason == self._alike[0] else 1)
+        else:
+            self._alike = ("", 0)
         self._unobserved.append(trial)
         self._listener.finished(key, trial)
 
@@ -309,6 +318,8 @@ class Engine:
         b = self.budget
         if b.seconds is not None and self.seconds >= b.seconds:
             return "seconds"
+        if self._alike[1] >= SAME_FAILURES and not self.study.count("ok"):
+            return "failures"
         if b.candidates is not None and self._candidates >= b.candidates:
             return "candidates"
         if b.tokens is not None and self._tokens >= b.tokens:
@@ -320,6 +331,9 @@ class Engine:
 
     def _why_ended(self, stop: str) -> str:
         b = self.budget
+        if stop == "failures":
+            reason, n = self._alike
+            return f"{n} candidates in a row failed alike, and none has a result: {reason[:200]}"
         if stop == "seconds":
             left = f"; {len(self._pending)} proposed candidates wait for a resumed search" if self._pending else ""
             return f"the budget of {b.seconds:,g} s is spent{left}"

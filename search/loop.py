@@ -82,6 +82,8 @@ class SearchResult:
     @property
     def best(self) -> Agent:
         """The trained winner, loaded from ``best/``. Raises LacerError if the search has none."""
+        if self.outcome.winner is None:
+            raise LacerError("the search has no winner: none of its candidates has a result, see outcome.trials")
         return load(self.folder / "best")
 
 
@@ -137,6 +139,16 @@ def plan(config: SearchConfig) -> Plan:
                          "another one with --expert encoder.json") from None
     lacer.encoders.build(expert, card, lacer.encoders.TextTable("hash"))
     return Plan(config, card, space, point, name)
+
+
+def check_expert(checked: Plan) -> None:
+    """Raises LacerError if the expert's encoder breaks the limits."""
+    c = checked.config
+    try:
+        c.limits.check(checked.space.to_spec(checked.expert), checked.card, c.text_model)
+    except LacerError as e:
+        raise LacerError(f"the expert's encoder, the first candidate, breaks the limits: {e}. Raise the limits, or "
+                         "give a smaller one with --expert encoder.json") from None
 
 
 def make_designer(name: str, config: SearchConfig, folder: Path | None) -> Designer:
@@ -271,14 +283,11 @@ def run_search(config: SearchConfig, folder: Path | None, quiet: bool, fresh: bo
         name = checked.card.env_id.split("/")[-1].split(":")[-1]
         folder = Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{name}-{checked.designer}"
     if fresh and folder.exists():
-        raise LacerError(f"{folder} exists already. To go on with it: lacer search --resume "
-                         f"{shlex.quote(str(folder))}. To start anew: choose another folder with --out.")
+        go_on = "To go on with it: lacer search --resume " + shlex.quote(str(folder)) + ". To start anew: "
+        raise LacerError(f"{folder} exists already. {go_on if (folder / 'config.yaml').exists() else 'It is no run: '}"
+                         "choose another folder with --out.")
     if fresh:
-        try:
-            config.limits.check(checked.space.to_spec(checked.expert), checked.card, config.text_model)
-        except LacerError as e:
-            raise LacerError(f"the expert's encoder, the first candidate, breaks the limits: {e}. Raise the limits, or "
-                             "give a smaller one with --expert encoder.json") from None
+        check_expert(checked)
     if config.storage is not None:
         check_server(config.storage, (config.study_name or folder.name) if fresh else None)
     designer = make_designer(checked.designer, config, folder)
@@ -655,7 +664,7 @@ class _Driver(Listener):
                 name = waiting.pop(0)
                 busy.add(name)
                 pool.submit(name, jobs[name])
-                self.display.started(name, f"final: {name}", c.final_steps if jobs[name].encoder else 0)
+                self.display.started(name, f"final: {self._called(name)}", c.final_steps if jobs[name].encoder else 0)
             for event in pool.poll(0.1):
                 if event.progress is not None:
                     self.display.progress(event.key, event.progress)
@@ -669,12 +678,15 @@ class _Driver(Listener):
                     finals[event.key] = e
                     self.study.set_attr(event.key, e.model_dump(mode="json"))
                     self.display.ended(event.key, c.final_steps if jobs[event.key].encoder else 0, (
-                        f"  final: {event.key}: {o.metric} {e.objective:.3f} {o.unit}" if e.ok
-                        else f"  final: {event.key} failed: {e.reason}"))
+                        f"  final: {self._called(event.key)}: {o.metric} {e.objective:.3f} {o.unit}" if e.ok
+                        else f"  final: {self._called(event.key)} failed: {e.reason}"))
         if expert_won and WINNER in finals and EXPERT not in finals:
             finals[EXPERT] = finals[WINNER]
             self.study.set_attr(EXPERT, finals[EXPERT].model_dump(mode="json"))
         return finals
+
+    def _called(self, name: str) -> str:
+        return "acting at random" if name == NOOP and self.card.noop is None else name
 
     def outcome(self, finals: dict[str, Evaluation]) -> Outcome:
         """Everything found so far."""

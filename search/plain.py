@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,6 +134,9 @@ def _run(study: Study, designer: Any, function: Function, config: SearchConfig, 
         display.close()
         if isinstance(study, StoredStudy):
             study.set_attr("seconds", engine.seconds)
+    if study.best is None and study.count("failed"):
+        why = next(t.reason for t in study.trials if t.status == "failed")
+        warnings.warn(f"no candidate has a result; the first one failed: {why}", stacklevel=4)
     return PointResult(study, ended, folder)
 
 

@@ -139,6 +139,8 @@ class PointDisplay:
         best = self._study.best
         name = self._study.objective.metric.replace("_", " ")
         text = "" if best is None else f"best {name} {self._study.best_value:.5g} (#{best.number})"
+        if trial.status == "failed" and best is None:
+            text = f"#{trial.number} failed: {trial.reason[:160]}"
         self._bar.update(self._task, advance=1, description=text)
         done = self._study.count("ok", "failed", "pruned")
         if self._console is not None and done % max(1, self._of // 20) == 0:
@@ -158,25 +160,28 @@ def result_line(trial: Trial, card: TaskCard, of: int, done: int) -> str:
         return f"{done:>3}/{of} #{trial.number} {trial.status}: {trial.reason[:160]}"
     assert trial.evaluation is not None
     assert trial.spec is not None
-    return (f"{done:>3}/{of} #{trial.number} {o.metric} {trial.objective:.3f} {o.unit}  return "
-            f"{trial.evaluation.mean_return:.2f}  {trial.spec.short()}")
+    unit = f" {o.unit}" if o.unit else ""
+    also = "" if o.metric == "return" else f"  return {trial.evaluation.mean_return:.2f}"
+    return f"{done:>3}/{of} #{trial.number} {o.metric} {trial.objective:.3f}{unit}{also}  {trial.spec.short()}"
 
 
 def candidate_table(outcome: Outcome, limit: int = 30) -> Table:
-    """The candidates, best first: encoder in short, task metric, return, two probes per source, parameters, seconds.
+    """The candidates, best first, by number: encoder in short, task metric, return, two probes per source, parameters,
+    seconds.
 
     Each source's column shows its block over its normalised effective rank and its linear-probe R2.
     """
     o = outcome.card.objective
     table = Table(title=f"{outcome.card.env_id}: candidates (per source: block, effective rank / linear-probe R2)",
                   title_justify="left", header_style="bold", pad_edge=False)
-    for name in ("#", o.metric.replace("_", " ") + (f" ({o.unit})" if o.unit else ""), "return"):
+    twice = o.metric == "return"
+    for name in ("#", o.metric.replace("_", " ") + (f" ({o.unit})" if o.unit else ""), *([] if twice else ["return"])):
         table.add_column(name, justify="right")
     for source in [*outcome.card.sources, "fusion"]:
         table.add_column(source, overflow="fold")
     table.add_column("param.", justify="right")
     table.add_column("s", justify="right")
-    for rank, t in enumerate(outcome.ranked()[:limit], 1):
+    for t in outcome.ranked()[:limit]:
         e = t.evaluation
         cells: list[str | Text] = []
         for source in outcome.card.sources:
@@ -184,10 +189,11 @@ def candidate_table(outcome: Outcome, limit: int = 30) -> Table:
             cells.append(Text(f"{block.block}\n{_probes(e, source)}" if block else "–", style="" if block else "dim"))
         cells.append(Text(f"{t.spec.fusion.block}\n{_probes(e, 'fused')}" if t.spec else "–"))
         if t.objective is not None and e is not None:
-            table.add_row(str(rank), f"{t.objective:.3f}", f"{e.mean_return:.2f}", *cells, f"{e.cost.parameters:,}",
-                          f"{e.cost.total_seconds:.0f}", style="bold" if t.number == outcome.winner else "")
+            table.add_row(str(t.number), f"{t.objective:.3f}", *([] if twice else [f"{e.mean_return:.2f}"]), *cells,
+                          f"{e.cost.parameters:,}", f"{e.cost.total_seconds:.0f}",
+                          style="bold" if t.number == outcome.winner else "")
         else:
-            table.add_row("–", Text(t.status, style="red"), "", *cells, "", "")
+            table.add_row(str(t.number), Text(t.status, style="red"), *([] if twice else [""]), *cells, "", "")
     if len(outcome.trials) > limit:
         table.caption = f"{len(outcome.trials) - limit} more in report.html"
     return table
@@ -197,4 +203,4 @@ def _probes(evaluation: Any, source: str) -> str:
     p = evaluation.probes.get(source, {}) if evaluation is not None else {}
     if not p:
         return ""
-    return f"{p.get('effective_rank', float('nan')):.2f}/{p.get('linear_probe', float('nan')):.2f}"
+    return "/".join(f"{p[k]:.2f}" if k in p else "–" for k in ("effective_rank", "linear_probe"))

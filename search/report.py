@@ -84,7 +84,9 @@ def headline(outcome: Outcome) -> str:
         if not outcome.trials:
             return "The search has not proposed an encoder yet."
         parts = [f"{n} {status}" for status, n in sorted(counts.items())]
-        return f"None of the {_plural(len(outcome.trials), 'proposed encoder')} has a result: {', '.join(parts)}."
+        return f"None of the {_plural(len(outcome.trials), 'proposed encoder')} has a result: {', '.join(parts)}." + (
+            " Tracebacks are in workers.log. What failed is not tried again: mend it and resume with more candidates, "
+            "or begin anew." if counts["failed"] else "")
     who = f"The best of {_plural(counts['ok'], 'encoder')}" if counts["ok"] > 1 else "The only encoder with a result"
     if best.proposal.designer == EXPERT:
         who += " is the expert’s own; it"

@@ -19,7 +19,7 @@ import torch
 from gymnasium import spaces
 from safetensors.torch import load_file, save_file
 
-from lacer.agents import Evaluation, PPOConfig, Protocol, RunRequest, load, run
+from lacer.agents import Evaluation, PPOConfig, Protocol, RunRequest, load, ppo, run
 from lacer.agents.ppo import evaluate
 from lacer.agents.stats import mean_interval
 from lacer.agents.vec import encode_batch, encoder_space
@@ -467,3 +467,10 @@ def test_no_training_plays_the_evaluation(seed: int, wrong: bool) -> None:
 def test_actions_that_ppo_cannot_take(space: spaces.Space) -> None:
     with pytest.raises(LacerError, match="must"):
         replace(task_card("helper_envs:helper/Tiny-v0"), action_space=space)
+
+
+def test_an_episode_that_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ppo, "LONGEST_EPISODE", 50)
+    with pytest.raises(LacerError, match=r"no episode ended within 50 steps; let it end, e\.g\. by max_episode_steps"):
+        run(helper("Tiny", encoder=None, env_kwargs={"horizon": 10**9}))
+    assert run(helper("Tiny", encoder=None, env_kwargs={"horizon": 49})).ok

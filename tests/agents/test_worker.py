@@ -382,7 +382,8 @@ def test_environments_die_with_a_killed_worker(tmp_path: Path, monkeypatch: pyte
     pool = ProcessPool(1, tmp_path / "worker.log", timeout=4)
     try:
         request = RunRequest(env="lacer/MixedTraffic-v0", env_kwargs={"scene": "sources"}, text_model="hash",
-                             seed=5, encoder={"sources": {"traffic": {"block": "linear"}}, "fusion": {"block": "concat"}},
+                             seed=5,
+                             encoder={"sources": {"traffic": {"block": "linear"}}, "fusion": {"block": "concat"}},
                              protocol=Protocol(steps=1_000_000, eval_episodes=2, ppo=PPO))
         pool.submit("time", request)
         assert failed(pool, "time") == "time-out"

@@ -191,8 +191,10 @@ def test_what_an_answer_does_not_need_is_not_imported(args: list[str], modules: 
 def test_run_folder_that_exists(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, _, err = run(["search", *ENV, "--out", str(tmp_path)], capsys)
     assert code == 2
-    assert f"lacer search --resume {tmp_path}" in err
+    assert "It is no run: choose another folder" in err
     assert not list(tmp_path.iterdir())
+    (tmp_path / "config.yaml").write_text("")
+    assert f"lacer search --resume {tmp_path}" in run(["search", *ENV, "--out", str(tmp_path)], capsys)[2]
 
 
 def test_run_folder_that_cannot_be_made(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -508,3 +508,40 @@ def test_a_resumed_search_keeps_its_executor(tmp_path: Path, monkeypatch: pytest
     search(**options, candidates=2, executor="process", workers=2, out=tmp_path / "run")
     search(**options, candidates=3, resume=tmp_path / "run")
     assert seen == ["process", "process"]
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_a_search_whose_candidates_all_fail_alike_ends(slots: int) -> None:
+    def fails(point: dict[str, Any]) -> float:
+        if broken:
+            raise RuntimeError("no licence for the simulator")
+        return helper_objectives.smooth(point)
+
+    broken, study = True, Study(SPACE)
+    why = engine(study, Evolution(0), Jumbled(fails, slots, 0)).run()
+    assert 5 <= len(study) < 5 + slots
+    assert " candidates in a row failed alike, and none has a result: RuntimeError: no licence" in why
+    broken = False
+    assert engine(study, Evolution(0), Jumbled(fails, slots, 0)).run() == "", "mended, it goes on"
+    assert study.count("ok") + study.count("failed") == 24
+
+
+def test_other_failures_do_not_end_a_search() -> None:
+    failures = iter(range(100))
+
+    def fails(point: dict[str, Any]) -> float:
+        raise RuntimeError(f"failure {next(failures)}")
+
+    study = Study(SPACE)
+    engine(study, Evolution(0), InProcess(fails)).run()
+    assert study.count("failed") == 24
+
+
+def test_a_function_that_always_fails_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    def fails(point: dict[str, Any]) -> float:
+        raise ZeroDivisionError("division by zero")
+
+    with pytest.warns(UserWarning, match="no candidate has a result; the first one failed: .*division by zero"):
+        result = search(space=SPACE, objective=fails, candidates=2)
+    assert result.best_value is None
+    assert "#0 failed: ZeroDivisionError: division by zero" in capsys.readouterr().err
