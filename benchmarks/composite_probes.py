@@ -10,6 +10,9 @@ or the first so many, seed by seed.
 
 With `out`, rows are kept as they come and a program that was ended goes on. When all are there they are written to
 `data/composite_probes.parquet`: `ncode`, `seed`, `step`, `probe/PART/NAME`.
+
+In the file that lies there, `reward_probe` looked at rewards to which PPO had added the value of what a truncated
+episode would have gone on to; nothing reads that column.
 """
 
 from __future__ import annotations
