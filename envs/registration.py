@@ -109,6 +109,8 @@ def make(env_id: str, *, describe: Mapping[str, Any] | None = None, **kwargs: An
         UnknownNameError: for an id that is not registered, with the nearest known one.
         LacerError: if the environment cannot be imported, rejects its arguments or cannot be described.
     """
+    if not isinstance(describe, Mapping | None):
+        raise LacerError(f"describe must hold options by name ({', '.join(OPTIONS)}), not {describe!r}")
     options = dict(describe or {})
     for key in options:
         if key not in OPTIONS:

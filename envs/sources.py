@@ -60,6 +60,8 @@ class SourceSpec:
         if not fits:
             raise LacerError(f"source {self.name!r} is declared {self.modality}, which needs "
                              f"{_SHAPES[self.modality]}; its space is {s}")
+        if 0 in self.shape:
+            raise LacerError(f"source {self.name!r} holds nothing: its space is {s}")
 
     @property
     def shape(self) -> tuple[int, ...]:

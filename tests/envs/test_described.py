@@ -12,7 +12,7 @@ import pytest
 from gymnasium import spaces
 
 import lacer.envs.described
-from lacer.envs import LacerError, Objective, UnknownNameError, describe, make, register_env, task_card
+from lacer.envs import LacerError, Objective, SourceSpec, UnknownNameError, describe, make, register_env, task_card
 from lacer.envs.described import shrink
 from lacer.envs.inference import infer
 
@@ -349,3 +349,13 @@ def test_an_unknown_option_of_describe() -> None:
 def test_infer_alone() -> None:
     [part] = infer(spaces.Box(-1, 1, (2,)))
     np.testing.assert_array_equal(part.read(np.array([0.5, 1.0])), np.float32([0.5, 1.0]))
+
+
+def test_a_source_without_numbers() -> None:
+    with pytest.raises(LacerError, match="source 'x' holds nothing"):
+        SourceSpec("x", "vector", spaces.Box(0, 1, (0,)), "")
+
+
+def test_describe_is_not_a_mapping() -> None:
+    with pytest.raises(LacerError, match="describe must hold options by name"):
+        make("CartPole-v1", describe=3)  # type: ignore[arg-type]
