@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Literal
@@ -109,9 +109,14 @@ class Trial:
 
 def score_of(trial: Trial, trials: Iterable[Trial]) -> float | None:
     """The mean objective over all evaluations of a trial's encoder among some trials; None without a result."""
-    found = [t.objective for t in trials if t.objective is not None
+    found = [t for t in trials if t.objective is not None
              and (t.number == trial.number or (t.ncode and t.ncode == trial.ncode))]
-    return sum(found) / len(found) if found else None
+    return _mean(found) if found else None
+
+
+def _mean(trials: Sequence[Trial]) -> float:
+    """The mean objective of trials with a result."""
+    return sum(t.objective or 0.0 for t in trials) / len(trials)
 
 
 PASSED = "rungs"
@@ -190,21 +195,20 @@ class Study:
     @property
     def best_value(self) -> float | None:
         """The objective of the best encoder: the mean, where it was evaluated several times."""
-        best = self.best
-        return None if best is None else score_of(best, self.finished)
+        with self._lock:
+            return None if self._best is None else _mean(self._scores[self._best])
 
     def best_first(self) -> list[Trial]:
         """The first trial of each encoder with a result, the best first, further seeds of survivors left out."""
         with self._lock:
             groups = [[t for t in same if t.survivor is None] for same in self._scores.values()]
-        found = [(self.objective.signed(sum(t.objective or 0.0 for t in g) / len(g)), -g[0].number)
-                 for g in groups if g]
+        found = [(self.objective.signed(_mean(g)), -g[0].number) for g in groups if g]
         return [self._trials[-n] for _, n in sorted(found, reverse=True)]
 
     def _rank(self, code: str) -> tuple[bool, float, int]:
         same = self._scores[code]
         return (any(t.survivor is not None for t in same),
-                self.objective.signed(sum(t.objective or 0.0 for t in same) / len(same)), -same[0].number)
+                self.objective.signed(_mean(same)), -same[0].number)
 
     def _add_result(self, t: Trial) -> None:
         """Keeps `finished` and `best` up to date; the lock is held."""
